@@ -1,0 +1,1 @@
+"""Load generation against an OpenAI-compatible server: workloads, client, report."""

@@ -1,0 +1,1 @@
+"""The vocabulary of kunserve: plain values, standard library only."""

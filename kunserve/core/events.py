@@ -1,0 +1,180 @@
+"""Events that reach the controller and commands that leave it.
+
+Both worlds run the same loop (design section 2):
+
+    for command in controller.handle(event, now_ns):
+        world.perform(command)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from kunserve.core.ids import Epoch, GroupId, InstanceId, RequestId
+from kunserve.core.request import FinishReason, Request, TokenOutput
+from kunserve.core.step import GroupLoad
+
+# ---------------------------------------------------------------- events
+
+
+@dataclass(frozen=True)
+class InstanceReady:
+    """An instance has loaded its parts and can lead a group. Capacity in blocks of its KVCache."""
+
+    instance: InstanceId
+    incarnation: int
+    total_blocks: int
+
+
+@dataclass(frozen=True)
+class InstanceLost:
+    """An instance process is gone, or the supervisor has killed it for `reason`."""
+
+    instance: InstanceId
+    incarnation: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class RequestSubmitted:
+    """A client's request, tokenised and checked by the front."""
+
+    request: Request
+
+
+@dataclass(frozen=True)
+class RequestAborted:
+    """The client went away, or its stop string matched: no more tokens are wanted."""
+
+    request_id: RequestId
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """What a leader sends after a step (and when idle, as a heartbeat).
+
+    `started`: requests that left the queue for the running set for the first time under this
+    lease. `refused`: requests that the scheduler could not take, with the reason.
+    """
+
+    instance: InstanceId
+    incarnation: int
+    group: GroupId
+    epoch: Epoch
+    step: int
+    outputs: tuple[TokenOutput, ...]
+    started: tuple[RequestId, ...]
+    load: GroupLoad
+    refused: tuple[tuple[RequestId, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class DrainRequested:
+    """Take no new requests; those admitted run to their end."""
+
+
+@dataclass(frozen=True)
+class ClockTicked:
+    """Time passed: look at deadlines."""
+
+
+Event = (
+    InstanceReady
+    | InstanceLost
+    | RequestSubmitted
+    | RequestAborted
+    | GroupReport
+    | DrainRequested
+    | ClockTicked
+)
+
+# ---------------------------------------------------------------- commands
+
+
+class RefusalKind(Enum):
+    """Why a request is refused, so that HTTP can say it in its own codes."""
+
+    INVALID = "invalid"
+    QUEUE_FULL = "queue_full"
+    UNAVAILABLE = "unavailable"
+
+
+@dataclass(frozen=True)
+class FormGroup:
+    """Tell an instance that it leads `group` at `epoch` (a whole instance, a group of one)."""
+
+    instance: InstanceId
+    group: GroupId
+    epoch: Epoch
+
+
+@dataclass(frozen=True)
+class LeaseRequest:
+    """Hand a request to the scheduler of `group` at `epoch`."""
+
+    instance: InstanceId
+    group: GroupId
+    epoch: Epoch
+    request: Request
+
+
+@dataclass(frozen=True)
+class RevokeLease:
+    """Take a request back: the scheduler frees its blocks and forgets it."""
+
+    instance: InstanceId
+    group: GroupId
+    epoch: Epoch
+    request_id: RequestId
+
+
+@dataclass(frozen=True)
+class DeliverTokens:
+    """Accepted tokens of one request, in order, for the client's stream."""
+
+    request_id: RequestId
+    outputs: tuple[TokenOutput, ...]
+
+
+@dataclass(frozen=True)
+class EndRequest:
+    """A request ended without a last token (aborted)."""
+
+    request_id: RequestId
+    reason: FinishReason
+
+
+@dataclass(frozen=True)
+class RefuseRequest:
+    """A request is turned away; nothing was computed for the client beyond what it has seen."""
+
+    request_id: RequestId
+    kind: RefusalKind
+    message: str
+
+
+@dataclass(frozen=True)
+class KillInstance:
+    """End an instance that broke a deadline, so that it counts as dead."""
+
+    instance: InstanceId
+    incarnation: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class DrainComplete:
+    """No request is left; the front may end."""
+
+
+Command = (
+    FormGroup
+    | LeaseRequest
+    | RevokeLease
+    | DeliverTokens
+    | EndRequest
+    | RefuseRequest
+    | KillInstance
+    | DrainComplete
+)

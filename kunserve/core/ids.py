@@ -1,0 +1,23 @@
+"""Identifiers. Distinct types, so that an instance is never taken for a slot."""
+
+from __future__ import annotations
+
+from typing import NewType
+
+InstanceId = NewType("InstanceId", int)
+"""Position of an instance in the cluster, 0..N-1. A restarted instance keeps it."""
+
+GroupId = NewType("GroupId", int)
+"""Identity of a group of stages. Never reused within one run of the front."""
+
+Epoch = NewType("Epoch", int)
+"""Version of a group's layout. Per group, grows by every transition, never reused."""
+
+RequestId = NewType("RequestId", str)
+"""Identity of one request, given by the front, unique for the life of the front."""
+
+BlockId = NewType("BlockId", int)
+"""slot * slot_blocks + index: the permanent name of a KV block (see `kunserve.policy.pages`)."""
+
+SlotId = NewType("SlotId", int)
+"""Permanent slot of an instance inside its partner domain, 0..15."""

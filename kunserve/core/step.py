@@ -1,0 +1,93 @@
+"""The step as an exchange of values: `plan = scheduler.schedule(now_ns)`,
+`result = executor.execute(plan)`, `scheduler.update(plan, result, now_ns)`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kunserve.core.ids import BlockId, Epoch, RequestId
+from kunserve.core.request import Request, TokenLogprobs
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some consecutive tokens of one request, computed in one step.
+
+    Positions [context_len, context_len + len(token_ids)); a decode is a chunk of one token.
+    `block_table` covers at least those positions, in order: position p lives in
+    block_table[p // block_size]. With `samples`, the last row's logits give the output token
+    `output_index` (t); without, the prompt is not yet complete and nothing is sampled.
+    """
+
+    request_id: RequestId
+    token_ids: tuple[int, ...]
+    context_len: int
+    block_table: tuple[BlockId, ...]
+    samples: bool
+    output_index: int
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step of one group: what every stage computes, in the order of `chunks`.
+
+    `started`: requests that enter the running set in this step, with the tokens known so far
+    (a preempted or failed-over request starts again). `released`: requests that left it since
+    the last plan (finished, aborted, preempted); the executor forgets their sampling state
+    before it looks at `started`.
+    """
+
+    epoch: Epoch
+    step: int
+    chunks: tuple[Chunk, ...]
+    started: tuple[Request, ...] = ()
+    released: tuple[RequestId, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the batch."""
+        return sum(len(chunk.token_ids) for chunk in self.chunks)
+
+
+@dataclass(frozen=True)
+class SampledToken:
+    """The token drawn from a chunk with `samples`."""
+
+    request_id: RequestId
+    output_index: int
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step gave. A cancelled step gave nothing: its KV writes are idempotent, so the same
+    plan may simply be scheduled again."""
+
+    epoch: Epoch
+    step: int
+    tokens: tuple[SampledToken, ...]
+    cancelled: bool = False
+
+
+@dataclass(frozen=True)
+class GroupLoad:
+    """What a group's scheduler reports after a step, for dispatch and metrics.
+
+    `queued_blocks` is what the waiting requests need for all tokens known so far, beyond blocks
+    they already hold. `leases_seen` is the number of leases the scheduler has taken in so far,
+    so that the front can add what is still on the way. Counters are totals since start.
+    """
+
+    total_blocks: int
+    free_blocks: int
+    cached_blocks: int
+    num_running: int
+    num_waiting: int
+    queued_blocks: int
+    leases_seen: int
+    prompt_tokens: int
+    generated_tokens: int
+    preemptions: int
+    prefix_queries: int
+    prefix_hits: int

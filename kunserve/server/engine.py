@@ -1,0 +1,72 @@
+"""What HTTP needs from the rest of the front: a narrow, asynchronous interface."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from kunserve.core.ids import InstanceId, RequestId
+from kunserve.core.request import SamplingParams, TokenOutput
+from kunserve.core.step import GroupLoad
+
+
+@dataclass(frozen=True)
+class InstanceStatus:
+    """One instance as the front sees it now.
+
+    `state` is "starting", "ready", "draining" or "dead". `heartbeat_age_s` counts from the last
+    message of the instance. `step_age_s` counts from the last finished step while requests run
+    on it, and is 0.0 when it is idle.
+    """
+
+    instance: InstanceId
+    pid: int | None
+    state: str
+    heartbeat_age_s: float
+    step_age_s: float
+    load: GroupLoad | None
+
+
+@dataclass(frozen=True)
+class EngineStatus:
+    """`ready`: at least one instance takes requests and the front does not drain.
+    `healthy`: no instance that should answer has been silent past its deadline."""
+
+    ready: bool
+    healthy: bool
+    draining: bool
+    num_requests: int
+    instances: tuple[InstanceStatus, ...]
+
+
+class EngineClient(Protocol):
+    """The running cluster, seen from the HTTP side's event loop."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens (prompt + output) of one request: context and KVCache considered."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are in 0..vocab_size-1."""
+
+    def generate(
+        self,
+        request_id: RequestId,
+        prompt_token_ids: tuple[int, ...],
+        params: SamplingParams,
+    ) -> AsyncIterator[tuple[TokenOutput, ...]]:
+        """Yield the tokens of one request as they come, the last one with `finish` set.
+
+        Closing the iterator early (aclose, or cancellation of the task that awaits it) aborts
+        the request and frees its blocks, whatever state it is in.
+
+        Raises:
+            InvalidRequestError: it can never be served; nothing was queued.
+            QueueFullError: the bounded queue is full.
+            ServiceUnavailableError: starting, draining, or every instance is dead.
+        """
+
+    def status(self) -> EngineStatus:
+        """A snapshot, never blocking."""
