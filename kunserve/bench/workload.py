@@ -374,7 +374,7 @@ def scale_rate(
     """Multiply the mean rate by `scale` and keep the pattern of the arrivals.
 
     At each arrival there are n = ceil(scale) candidates, each kept with probability scale / n
-    (KunServe, section 7, scaling of BurstGPT). Candidates share their arrival's time and lengths.
+    (as the KunServe paper scales BurstGPT). Candidates share their arrival's time and lengths.
 
     Raises:
         WorkloadError: `scale` is not a positive finite number.
@@ -427,6 +427,7 @@ def trace_workload(trace: Trace, options: TraceOptions, seed: int, name: str = "
         options.rate_scale is None or options.requests_per_s is None,
         "give the rate scale or the request rate of a trace, not both",
     )
+    _require_positive(options.time_scale, "the time scale")
     requests = trace.requests
     if options.start_s or options.duration_s is not None:
         requests = select_window(requests, options.start_s, options.duration_s)
@@ -490,10 +491,10 @@ def _gamma_walk(burstiness: float, rng: np.random.Generator) -> Iterator[float]:
 def _invert_rate(steps: Sequence[RateStep], work: float) -> float:
     """Return the time in s by which `work` arrivals are expected.
 
-        rate  |        +--------      work = area under the rate up to the time returned
-              |--------+
-              +--------+-------> s
-         steps[0]   steps[1]
+    rate  |        +--------      work = area under the rate up to the time returned
+          |--------+
+          +--------+-------> s
+     steps[0]   steps[1]
     """
     for step, following in itertools.pairwise(steps):
         area = step.requests_per_s * (following.start_s - step.start_s)
@@ -538,9 +539,7 @@ def random_shapes(
     return tuple(RequestShape(p, o) for p, o in zip(prompts, outputs, strict=True))
 
 
-def _uniform_lengths(
-    middle: int, ratio: float, count: int, rng: np.random.Generator
-) -> list[int]:
+def _uniform_lengths(middle: int, ratio: float, count: int, rng: np.random.Generator) -> list[int]:
     low = max(1, math.floor(middle * (1 - ratio)))
     high = math.ceil(middle * (1 + ratio))
     return [int(value) for value in rng.integers(low, high + 1, size=count)]
@@ -592,7 +591,9 @@ def _capped(workload: Workload, caps: LengthCaps) -> Workload:
     max_output = math.inf if caps.max_output_tokens is None else caps.max_output_tokens
     requests = tuple(
         WorkloadRequest(
-            r.arrival_ns, int(min(r.prompt_tokens, max_prompt)), int(min(r.output_tokens, max_output))
+            r.arrival_ns,
+            int(min(r.prompt_tokens, max_prompt)),
+            int(min(r.output_tokens, max_output)),
         )
         for r in workload.requests
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from kunserve.core.ids import Epoch, GroupId, InstanceId, RequestId
-from kunserve.core.request import FinishReason, Request, TokenOutput
+from kunserve.core.request import Request, TokenOutput
 from kunserve.core.step import GroupLoad
 
 # ---------------------------------------------------------------- events
@@ -51,6 +51,16 @@ class RequestAborted:
 
 
 @dataclass(frozen=True)
+class StepTiming:
+    """Totals since the instance started: steps done, time in the executor, time in the scheduler
+    and the codec around it. The share of the latter is the overhead of Python per step."""
+
+    steps: int = 0
+    execute_ns: int = 0
+    schedule_ns: int = 0
+
+
+@dataclass(frozen=True)
 class GroupReport:
     """What a leader sends after a step (and when idle, as a heartbeat).
 
@@ -67,6 +77,15 @@ class GroupReport:
     started: tuple[RequestId, ...]
     load: GroupLoad
     refused: tuple[tuple[RequestId, str], ...] = ()
+    timing: StepTiming = StepTiming()
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """An instance lives and makes progress: sent while a long step runs, from between layers."""
+
+    instance: InstanceId
+    incarnation: int
 
 
 @dataclass(frozen=True)
@@ -85,6 +104,7 @@ Event = (
     | RequestSubmitted
     | RequestAborted
     | GroupReport
+    | Heartbeat
     | DrainRequested
     | ClockTicked
 )
@@ -138,20 +158,20 @@ class DeliverTokens:
 
 
 @dataclass(frozen=True)
-class EndRequest:
-    """A request ended without a last token (aborted)."""
-
-    request_id: RequestId
-    reason: FinishReason
-
-
-@dataclass(frozen=True)
 class RefuseRequest:
     """A request is turned away; nothing was computed for the client beyond what it has seen."""
 
     request_id: RequestId
     kind: RefusalKind
     message: str
+
+
+@dataclass(frozen=True)
+class StartInstance:
+    """Start an instance process again after a loss."""
+
+    instance: InstanceId
+    incarnation: int
 
 
 @dataclass(frozen=True)
@@ -173,8 +193,8 @@ Command = (
     | LeaseRequest
     | RevokeLease
     | DeliverTokens
-    | EndRequest
     | RefuseRequest
+    | StartInstance
     | KillInstance
     | DrainComplete
 )

@@ -62,12 +62,14 @@ class SampledToken:
 @dataclass(frozen=True)
 class StepResult:
     """What a step gave. A cancelled step gave nothing: its KV writes are idempotent, so the same
-    plan may simply be scheduled again."""
+    plan may simply be scheduled again. `failed`: rows that gave no token (logits that are not
+    finite), with the reason; their requests end, the others go on."""
 
     epoch: Epoch
     step: int
     tokens: tuple[SampledToken, ...]
     cancelled: bool = False
+    failed: tuple[tuple[RequestId, str], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,74 @@
+"""Dispatch by memory load, after Llumnix (paper, mechanism 9): the group with the most free
+KVCache after its queued demand. Prefix affinity breaks ties, never more: a warm cache does not
+outweigh a queue."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kunserve.core.ids import GroupId
+
+TIE_FRACTION = 0.02
+"""Groups whose free memory differs by less than this share of the capacity count as equal."""
+
+
+@dataclass(frozen=True)
+class GroupSnapshot:
+    """A group as dispatch sees it. `queued_blocks` includes leases that are still on the way."""
+
+    group: GroupId
+    total_blocks: int
+    free_blocks: int
+    queued_blocks: int
+    num_requests: int
+    prefix_blocks: int
+
+    @property
+    def headroom_blocks(self) -> int:
+        """Free KVCache after queued demand. Negative under overload."""
+        return self.free_blocks - self.queued_blocks
+
+
+def choose_group(groups: Sequence[GroupSnapshot], needed_blocks: int) -> GroupId:
+    """Pick the group for a request that needs `needed_blocks` now.
+
+    Among the groups within the tie margin of the most headroom: the longest cached prefix, then
+    the fewest requests, then the lowest id. `groups` must not be empty.
+    """
+    best = max(group.headroom_blocks for group in groups)
+    ties = [
+        group
+        for group in groups
+        if best - group.headroom_blocks
+        <= max(needed_blocks, int(group.total_blocks * TIE_FRACTION))
+    ]
+    chosen = min(ties, key=lambda g: (-g.prefix_blocks, g.num_requests, g.group))
+    return chosen.group
+
+
+class PrefixIndex:
+    """Which block hashes were lately sent to a group: a guess at its prefix cache, LRU-bounded.
+
+    The group's own cache decides; a wrong guess costs a recomputed prefix and nothing else.
+    """
+
+    def __init__(self, capacity_blocks: int) -> None:
+        self._capacity = capacity_blocks
+        self._hashes: OrderedDict[bytes, None] = OrderedDict()
+
+    def prefix_blocks(self, hashes: Sequence[bytes]) -> int:
+        """Length of the longest known prefix of a chain of block hashes."""
+        for count, block_hash in enumerate(hashes):
+            if block_hash not in self._hashes:
+                return count
+        return len(hashes)
+
+    def insert(self, hashes: Sequence[bytes]) -> None:
+        """Remember a chain, its first block last, so that ends are forgotten before heads."""
+        for block_hash in reversed(hashes):
+            self._hashes[block_hash] = None
+            self._hashes.move_to_end(block_hash)
+        while len(self._hashes) > self._capacity:
+            self._hashes.popitem(last=False)

@@ -1,0 +1,412 @@
+"""The real world of the controller: processes, sockets and a clock, on one thread.
+
+    for command in controller.handle(event, now_ns):
+        world.perform(command)
+
+HTTP and tokenising never run on this thread; it hands tokens over through callbacks that must
+not block.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import zmq
+
+from kunserve.core.errors import InstanceFailedError, KunserveError
+from kunserve.core.events import (
+    ClockTicked,
+    Command,
+    DeliverTokens,
+    DrainComplete,
+    DrainRequested,
+    Event,
+    FormGroup,
+    GroupReport,
+    Heartbeat,
+    InstanceLost,
+    InstanceReady,
+    KillInstance,
+    LeaseRequest,
+    RefusalKind,
+    RefuseRequest,
+    RequestAborted,
+    RequestSubmitted,
+    RevokeLease,
+    StartInstance,
+    StepTiming,
+)
+from kunserve.core.ids import InstanceId, RequestId
+from kunserve.core.request import Request
+from kunserve.core.step import GroupLoad
+from kunserve.policy.controller import Controller, ControllerConfig
+from kunserve.policy.scheduler import SchedulerConfig
+from kunserve.runtime.codec import CodecError, LoadProgress, Shutdown, StartFailed
+from kunserve.runtime.instance import InstanceSettings
+from kunserve.runtime.supervisor import Supervisor
+from kunserve.runtime.transport import FrontSocket
+from kunserve.worker.engine import EngineSettings
+
+logger = logging.getLogger("kunserve.cluster")
+
+TICK_S = 0.25
+STOP_GRACE_S = 3.0
+
+Sink = Callable[[DeliverTokens | RefuseRequest], None]
+"""Takes what happens to one request. Called on the cluster's thread; must not block."""
+
+
+@dataclass(frozen=True)
+class ClusterSettings:
+    """What the cluster runs. `engine.slot` is replaced by each instance's own."""
+
+    num_instances: int
+    engine: EngineSettings
+    scheduler: SchedulerConfig
+    controller: ControllerConfig
+    start_timeout_s: float
+    log_level: str = "info"
+    check_accounting: bool = False
+
+
+@dataclass(frozen=True)
+class InstanceView:
+    """One instance in a snapshot. Ages in seconds; see `ClusterView`."""
+
+    instance: InstanceId
+    pid: int | None
+    state: str
+    heartbeat_age_s: float
+    step_age_s: float
+    load: GroupLoad | None
+    timing: StepTiming
+
+
+@dataclass(frozen=True)
+class ClusterView:
+    """A snapshot for other threads. `cpu_ns` is the time this thread has computed."""
+
+    ready: bool
+    draining: bool
+    num_requests: int
+    instances: tuple[InstanceView, ...]
+    cpu_ns: int
+
+
+class Cluster:
+    """Runs the controller and the instances. Methods may be called from any thread.
+
+    Life: `start()`, `wait_ready()`, then requests, `drain()` if wanted, `stop()`.
+    """
+
+    def __init__(
+        self,
+        settings: ClusterSettings,
+        on_progress: Callable[[InstanceId, str, float], None],
+        on_view: Callable[[ClusterView], None] = lambda view: None,
+    ) -> None:
+        self._settings = settings
+        self._on_progress = on_progress
+        self._on_view = on_view
+        self._controller = Controller(settings.controller, time.monotonic_ns())
+        self._supervisor = Supervisor()
+        self._sinks: dict[RequestId, Sink] = {}
+        self._inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
+        self._poller = zmq.Poller()
+        self._pidfds: dict[int, InstanceId] = {}
+        self._stopping = False
+        self._served = False
+        self._failure: BaseException | None = None
+        self._last_words: dict[InstanceId, str] = {}
+        self._step_ends_ns: dict[InstanceId, int] = {}
+        self._start_deadlines_ns: dict[InstanceId, int] = {}
+        self._all_ready = threading.Event()
+        self._drained = threading.Event()
+        self._ended = threading.Event()
+        self._view = ClusterView(False, False, 0, (), 0)
+
+    # ------------------------------------------------------------ any thread
+
+    @property
+    def view(self) -> ClusterView:
+        """The last snapshot, at most a tick old."""
+        return self._view
+
+    @property
+    def max_request_tokens(self) -> int:
+        """Most tokens of one request."""
+        return self._settings.engine.max_model_len
+
+    @property
+    def ended(self) -> threading.Event:
+        """Set when the controller's thread has ended, by `stop` or by a failure."""
+        return self._ended
+
+    @property
+    def drained(self) -> threading.Event:
+        """Set when a drain is complete."""
+        return self._drained
+
+    def start(self) -> None:
+        """Start the instances."""
+        self._thread.start()
+
+    def wait_ready(self) -> None:
+        """Block until every instance is ready.
+
+        Raises:
+            InstanceFailedError: one of them could not start; the message is one line.
+        """
+        self._all_ready.wait()
+        self.raise_failure()
+
+    def raise_failure(self) -> None:
+        """Raise what ended the controller's thread, if anything did."""
+        if isinstance(self._failure, KunserveError):
+            raise self._failure
+        if self._failure is not None:
+            raise InstanceFailedError(f"the controller failed: {self._failure!r}")
+
+    def submit(self, request: Request, sink: Sink) -> None:
+        """Hand a request in; `sink` gets its tokens, or its refusal, last one final."""
+        self._sinks[request.id] = sink
+        self._post(RequestSubmitted(request))
+        if self._ended.is_set():
+            self._refuse_all()
+
+    def abort(self, request_id: RequestId) -> None:
+        """No more tokens of this request are wanted. Unknown ids are ignored."""
+        self._sinks.pop(request_id, None)
+        self._post(RequestAborted(request_id))
+
+    def drain(self) -> None:
+        """Take no new requests; `drained` is set when the last one has ended."""
+        self._post(DrainRequested())
+
+    def stop(self) -> None:
+        """End all instances and the thread. Safe to call twice."""
+        self._post(None)
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _post(self, event: Event | None) -> None:
+        self._inbox.put(event)
+        if not self._ended.is_set():
+            os.eventfd_write(self._wake_fd, 1)
+
+    # ------------------------------------------------------------ the thread
+
+    def _run(self) -> None:
+        try:
+            with FrontSocket() as link:
+                self._link = link
+                self._poller.register(link.socket, zmq.POLLIN)
+                self._poller.register(self._wake_fd, zmq.POLLIN)
+                try:
+                    for index in range(self._settings.num_instances):
+                        self._start_instance(StartInstance(InstanceId(index), 0))
+                    self._loop()
+                finally:
+                    self._stop_instances()
+        except BaseException as error:  # shown by whoever waits for this thread
+            self._failure = error
+            if not isinstance(error, KunserveError):
+                logger.exception("the controller failed")
+        finally:
+            self._ended.set()
+            self._refuse_all()
+            self._all_ready.set()
+            self._drained.set()
+            self._on_view(self._view)
+
+    def _refuse_all(self) -> None:
+        """The thread has ended: nobody else will answer these requests."""
+        for request_id in tuple(self._sinks):
+            sink = self._sinks.pop(request_id, None)
+            if sink is not None:
+                message = "the server is shutting down"
+                sink(RefuseRequest(request_id, RefusalKind.UNAVAILABLE, message))
+
+    def _loop(self) -> None:
+        next_tick = time.monotonic()
+        while not self._stopping:
+            wait_ms = max(0, int((next_tick - time.monotonic()) * 1000) + 1)
+            for fd, _ in self._poller.poll(wait_ms):
+                if fd in self._pidfds:
+                    self._on_exit(self._pidfds[fd])
+            self._take_messages()
+            self._take_inbox()
+            if time.monotonic() >= next_tick:
+                next_tick = time.monotonic() + TICK_S
+                self._check_start_deadlines()
+                self._handle(ClockTicked())
+                self._publish()
+
+    def _take_inbox(self) -> None:
+        try:
+            os.eventfd_read(self._wake_fd)
+        except BlockingIOError:
+            return
+        while True:
+            try:
+                event = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            if event is None:
+                self._stopping = True
+                return
+            self._handle(event)
+
+    def _take_messages(self) -> None:
+        try:
+            for _, message in self._link.receive():
+                self._take(message)
+        except CodecError:
+            logger.exception("a message of an instance was dropped")
+
+    def _take(self, message: object) -> None:
+        if isinstance(message, LoadProgress):
+            self._on_progress(message.instance, message.activity, message.fraction)
+        elif isinstance(message, StartFailed):
+            self._last_words[message.instance] = message.message
+        elif isinstance(message, InstanceReady):
+            self._start_deadlines_ns.pop(message.instance, None)
+            self._handle(message)
+            self._on_progress(message.instance, "ready", 1.0)
+            self._publish()
+            if not self._start_deadlines_ns:
+                self._served = True
+                self._all_ready.set()
+        elif isinstance(message, GroupReport | Heartbeat):
+            if isinstance(message, GroupReport):
+                self._step_ends_ns[message.instance] = time.monotonic_ns()
+            self._handle(message)
+        else:
+            raise CodecError(f"the front does not take {type(message).__name__}")
+
+    def _handle(self, event: Event) -> None:
+        for command in self._controller.handle(event, time.monotonic_ns()):
+            self._perform(command)
+        if self._settings.check_accounting:
+            self._controller.check()
+
+    def _perform(self, command: Command) -> None:
+        if isinstance(command, DeliverTokens):
+            self._deliver(command)
+        elif isinstance(command, LeaseRequest | RevokeLease | FormGroup):
+            child = self._supervisor.child(command.instance)
+            if child is not None:
+                self._link.send(child.identity, command)
+        elif isinstance(command, RefuseRequest):
+            sink = self._sinks.pop(command.request_id, None)
+            if sink is not None:
+                sink(command)
+        elif isinstance(command, StartInstance):
+            self._start_instance(command)
+        elif isinstance(command, KillInstance):
+            logger.error("instance %d: %s; killing it", command.instance, command.reason)
+            self._last_words[command.instance] = command.reason
+            self._supervisor.kill(command.instance)
+        elif isinstance(command, DrainComplete):
+            self._drained.set()
+
+    def _deliver(self, command: DeliverTokens) -> None:
+        is_last = command.outputs[-1].finish is not None
+        take = self._sinks.pop if is_last else self._sinks.get
+        sink = take(command.request_id, None)
+        if sink is not None:  # else the client has gone in this moment
+            sink(command)
+
+    # ------------------------------------------------------------ processes
+
+    def _start_instance(self, command: StartInstance) -> None:
+        settings = self._settings
+        identity = f"{command.instance}#{command.incarnation}"
+        child = self._supervisor.start(
+            InstanceSettings(
+                instance=command.instance,
+                incarnation=command.incarnation,
+                parent_pid=os.getpid(),
+                keys=self._link.admit(identity),
+                engine=replace(settings.engine, slot=int(command.instance)),
+                scheduler=settings.scheduler,
+                log_level=settings.log_level,
+                check_accounting=settings.check_accounting,
+            )
+        )
+        self._pidfds[child.pidfd] = command.instance
+        self._poller.register(child.pidfd, zmq.POLLIN)
+        timeout_ns = int(settings.start_timeout_s * 1e9)
+        self._start_deadlines_ns[command.instance] = time.monotonic_ns() + timeout_ns
+
+    def _on_exit(self, instance: InstanceId) -> None:
+        child = self._supervisor.child(instance)
+        assert child is not None
+        self._take_messages()  # its last words may still be in the socket
+        del self._pidfds[child.pidfd]
+        self._poller.unregister(child.pidfd)
+        self._link.dismiss(child.public_key)
+        how = self._supervisor.reap(instance)
+        reason = self._last_words.pop(instance, how)
+        self._start_deadlines_ns.pop(instance, None)
+        if not self._served:
+            raise InstanceFailedError(f"instance {instance} failed to start: {reason}")
+        logger.error("instance %d was lost: %s", instance, reason)
+        self._handle(InstanceLost(instance, child.incarnation, reason))
+        self._publish()
+
+    def _check_start_deadlines(self) -> None:
+        for instance, deadline_ns in self._start_deadlines_ns.items():
+            if time.monotonic_ns() > deadline_ns:
+                self._last_words[instance] = (
+                    f"not ready after {self._settings.start_timeout_s:.0f} s (--start-timeout)"
+                )
+                self._supervisor.kill(instance)
+
+    def _stop_instances(self) -> None:
+        for child in self._supervisor.children:
+            # One that still loads would read the message only after it.
+            if child.instance in self._start_deadlines_ns or not self._link.send(
+                child.identity, Shutdown()
+            ):
+                child.process.kill()
+        self._supervisor.stop_all(STOP_GRACE_S)
+
+    # ------------------------------------------------------------ snapshot
+
+    def _publish(self) -> None:
+        controller, now_ns = self._controller, time.monotonic_ns()
+        instances = []
+        for record in controller.instances():
+            group = controller.group_record(record.id)
+            load = group.load if group else None
+            busy = load is not None and load.num_running > 0
+            step_end_ns = self._step_ends_ns.get(record.id, now_ns)
+            child = self._supervisor.child(record.id)
+            instances.append(
+                InstanceView(
+                    instance=record.id,
+                    pid=child.process.pid if child else None,
+                    state=record.state.value,
+                    heartbeat_age_s=(now_ns - record.last_heard_ns) / 1e9,
+                    step_age_s=(now_ns - step_end_ns) / 1e9 if busy else 0.0,
+                    load=load,
+                    timing=group.timing if group else StepTiming(),
+                )
+            )
+        self._view = ClusterView(
+            ready=bool(controller.layout.groups) and not controller.draining,
+            draining=controller.draining,
+            num_requests=controller.num_requests,
+            instances=tuple(instances),
+            cpu_ns=time.thread_time_ns(),
+        )
+        self._on_view(self._view)

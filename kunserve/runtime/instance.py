@@ -1,0 +1,330 @@
+"""The instance process: a scheduler and an executor, driven by messages of the front.
+
+Two threads. The control thread (main) takes messages in, schedules and reports; the compute
+thread runs one plan at a time. So an abort, a lease or a heartbeat never waits for a long step.
+
+    front --Lease/Revoke--> control --plan--> compute
+    front <--GroupReport--- control <-result-- compute
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import sys
+import threading
+import time
+from dataclasses import dataclass
+
+import msgspec
+import torch
+import zmq
+
+from kunserve.core.errors import AccountingError, InvalidRequestError, KunserveError
+from kunserve.core.events import (
+    FormGroup,
+    GroupReport,
+    Heartbeat,
+    InstanceReady,
+    LeaseRequest,
+    RevokeLease,
+    StepTiming,
+)
+from kunserve.core.ids import InstanceId, RequestId
+from kunserve.core.request import TokenOutput
+from kunserve.core.step import StepPlan, StepResult
+from kunserve.policy.cost_model import CostModel
+from kunserve.policy.scheduler import Scheduler, SchedulerConfig
+from kunserve.runtime.codec import LoadProgress, Shutdown, StartFailed
+from kunserve.runtime.process import die_with_parent, ignore_terminal_signals
+from kunserve.runtime.transport import ClientKeys, InstanceSocket
+from kunserve.worker.engine import Engine, EngineSettings
+from kunserve.worker.executor import Executor
+from kunserve.worker.profile import quick_fit
+
+logger = logging.getLogger("kunserve.instance")
+
+HEARTBEAT_INTERVAL_MS = 500
+
+
+@dataclass(frozen=True)
+class InstanceSettings:
+    """What the front writes to a new instance's standard input."""
+
+    instance: InstanceId
+    incarnation: int
+    parent_pid: int
+    keys: ClientKeys
+    engine: EngineSettings
+    scheduler: SchedulerConfig
+    log_level: str
+    check_accounting: bool
+
+
+class ComputeThread:
+    """Runs plans one at a time and wakes the control thread through an eventfd.
+
+    `layers_done` grows between layers: a step that stands still is seen from outside.
+    """
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[StepResult | BaseException] = queue.SimpleQueue()
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._cancelled = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
+        self.layers_done = 0
+        self.busy = False
+        self.execute_ns = 0
+        self._thread.start()
+
+    @property
+    def wake_fd(self) -> int:
+        """Readable when a result waits."""
+        return self._wake_fd
+
+    def submit(self, plan: StepPlan) -> None:
+        """Start a step. The last one's result must have been collected."""
+        if self.busy:
+            raise AccountingError("a step is under way already")
+        self.busy = True
+        self._cancelled.clear()
+        self._plans.put(plan)
+
+    def collect(self) -> StepResult | None:
+        """The result of the step under way, or None while it runs.
+
+        Raises:
+            BaseException: what the step raised.
+        """
+        try:
+            os.eventfd_read(self._wake_fd)
+        except BlockingIOError:
+            return None
+        result = self._results.get()
+        self.busy = False
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    def cancel(self) -> None:
+        """Cancel the step under way between layers; its result comes marked as cancelled."""
+        self._cancelled.set()
+
+    def join(self) -> None:
+        """Cancel what runs and end the thread: nothing may be unmapped before."""
+        self._cancelled.set()
+        self._plans.put(None)
+        self._thread.join()
+        os.close(self._wake_fd)
+
+    def _run(self) -> None:
+        while (plan := self._plans.get()) is not None:
+            begin_ns = time.monotonic_ns()
+            try:
+                result: StepResult | BaseException = self._executor.execute(plan, self._between)
+            except BaseException as error:  # noqa: BLE001 - handed to the control thread whole
+                result = error
+            self.execute_ns += time.monotonic_ns() - begin_ns
+            self._results.put(result)
+            os.eventfd_write(self._wake_fd, 1)
+
+    def _between(self) -> bool:
+        self.layers_done += 1
+        return self._cancelled.is_set()
+
+
+class Instance:
+    """The control thread's state: the leased group, its scheduler, the step under way."""
+
+    def __init__(
+        self,
+        settings: InstanceSettings,
+        engine: Engine,
+        cost_model: CostModel,
+        link: InstanceSocket,
+    ) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._cost_model = cost_model
+        self._link = link
+        self._group: FormGroup | None = None
+        self._scheduler: Scheduler | None = None
+        self._compute = ComputeThread(engine.make_executor())
+        self._plan: StepPlan | None = None
+        self._refused: list[tuple[RequestId, str]] = []
+        self._changed = False
+        self._steps = 0
+        self._schedule_ns = 0
+        self._layers_reported = 0
+        self._stopping = False
+
+    def run(self) -> None:
+        """Serve until the front says Shutdown."""
+        poller = zmq.Poller()
+        poller.register(self._link.socket, zmq.POLLIN)
+        poller.register(self._compute.wake_fd, zmq.POLLIN)
+        next_beat = time.monotonic()
+        while not self._stopping:
+            wait_ms = max(0, int((next_beat - time.monotonic()) * 1000))
+            poller.poll(wait_ms)
+            for message in self._link.receive():
+                self._take(message)
+            begin_ns = time.monotonic_ns()
+            outputs = self._finish_step()
+            self._start_step()
+            if outputs is not None or (self._changed and not self._compute.busy):
+                self._report(outputs or ())
+            self._schedule_ns += time.monotonic_ns() - begin_ns
+            if time.monotonic() >= next_beat:
+                self._beat()
+                next_beat = time.monotonic() + HEARTBEAT_INTERVAL_MS / 1000
+        self._compute.join()
+
+    # ------------------------------------------------------------ messages
+
+    def _take(self, message: object) -> None:
+        if isinstance(message, Shutdown):
+            self._stopping = True
+        elif isinstance(message, FormGroup):
+            self._form_group(message)
+        elif isinstance(message, LeaseRequest):
+            self._lease(message)
+        elif isinstance(message, RevokeLease):
+            if self._scheduler is not None and self._leads(message):
+                self._scheduler.abort(message.request_id)
+                self._changed = True
+        else:
+            raise AccountingError(f"an instance does not take {type(message).__name__}")
+
+    def _form_group(self, message: FormGroup) -> None:
+        if self._compute.busy:
+            raise AccountingError("a group cannot be formed while a step is under way")
+        self._group = message
+        self._scheduler = self._engine.make_scheduler(
+            self._settings.scheduler, self._cost_model, message.epoch
+        )
+        self._changed = True
+
+    def _leads(self, message: LeaseRequest | RevokeLease) -> bool:
+        """False for what was meant for an epoch that is over."""
+        group = self._group
+        return group is not None and (group.group, group.epoch) == (message.group, message.epoch)
+
+    def _lease(self, message: LeaseRequest) -> None:
+        if self._scheduler is None or not self._leads(message):
+            return
+        self._changed = True
+        try:
+            self._scheduler.add(message.request)
+        except InvalidRequestError as error:
+            self._refused.append((message.request.id, str(error)))
+
+    # ------------------------------------------------------------ steps
+
+    def _finish_step(self) -> tuple[TokenOutput, ...] | None:
+        """Take in the result of the step under way, if it is there."""
+        result = self._compute.collect() if self._compute.busy else None
+        if result is None or self._plan is None or self._scheduler is None:
+            return None
+        for request_id, message in result.failed:
+            logger.error("request %s failed: %s", request_id, message)
+            self._scheduler.abort(request_id)
+            self._refused.append((request_id, message))
+        outputs = self._scheduler.update(self._plan, result, time.monotonic_ns())
+        self._plan = None
+        self._steps += 1
+        if self._settings.check_accounting:
+            self._check()
+        return outputs
+
+    def _start_step(self) -> None:
+        if self._scheduler is None or self._compute.busy:
+            return
+        self._plan = self._scheduler.schedule(time.monotonic_ns())
+        if self._plan is not None:
+            self._compute.submit(self._plan)
+
+    def _check(self) -> None:
+        if self._scheduler is not None:
+            self._scheduler.check()
+        self._engine.memory.check()
+
+    # ------------------------------------------------------------ reports
+
+    def _report(self, outputs: tuple[TokenOutput, ...]) -> None:
+        if self._group is None or self._scheduler is None:
+            return
+        report = GroupReport(
+            instance=self._settings.instance,
+            incarnation=self._settings.incarnation,
+            group=self._group.group,
+            epoch=self._group.epoch,
+            step=self._steps,
+            outputs=outputs,
+            started=self._scheduler.newly_started(),
+            load=self._scheduler.load(),
+            refused=tuple(self._refused),
+            timing=StepTiming(self._steps, self._compute.execute_ns, self._schedule_ns),
+        )
+        self._refused.clear()
+        self._changed = False
+        self._link.send(report)
+
+    def _beat(self) -> None:
+        """Say that work goes on: silent while a step stands still, so that the front sees it."""
+        stuck = self._compute.busy and self._compute.layers_done == self._layers_reported
+        self._layers_reported = self._compute.layers_done
+        if not stuck:
+            self._link.send(Heartbeat(self._settings.instance, self._settings.incarnation))
+
+
+def _serve(settings: InstanceSettings, link: InstanceSocket) -> None:
+    def progress(activity: str, fraction: float) -> None:
+        link.send(LoadProgress(settings.instance, settings.incarnation, activity, fraction))
+
+    progress("opening memory", 0.0)
+    with Engine(settings.engine, progress) as engine:
+        progress("measuring step times", 1.0)
+        cost_model = quick_fit(engine)
+        logger.info("step cost: %s", cost_model)
+        link.send(InstanceReady(settings.instance, settings.incarnation, engine.total_blocks))
+        Instance(settings, engine, cost_model, link).run()
+
+
+def main() -> int:
+    """Entry of the process: settings come as msgpack on standard input."""
+    ignore_terminal_signals()
+    settings = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=InstanceSettings)
+    die_with_parent(settings.parent_pid)
+    logging.basicConfig(
+        level=settings.log_level.upper(),
+        format=f"%(levelname)s %(asctime)s instance {settings.instance}: %(message)s",
+        datefmt="%m-%d %H:%M:%S",
+    )
+    # All parallelism is the kernels' own pool; torch only computes small tables here.
+    torch.set_num_threads(1)
+    link = InstanceSocket(settings.keys)
+    try:
+        _serve(settings, link)
+    except KunserveError as error:
+        logger.debug("the instance ends", exc_info=True)
+        link.send(StartFailed(settings.instance, settings.incarnation, _one_line(error)))
+        return 1
+    except MemoryError:
+        message = "out of memory; lower --kv-cache-memory-bytes or --instances"
+        link.send(StartFailed(settings.instance, settings.incarnation, message))
+        return 1
+    finally:
+        link.close()
+    return 0
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""The `EngineClient` over a real cluster: bridges the controller's thread and the HTTP loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+
+from kunserve.core.errors import (
+    InvalidRequestError,
+    KunserveError,
+    QueueFullError,
+    ServiceUnavailableError,
+)
+from kunserve.core.events import DeliverTokens, RefusalKind, RefuseRequest
+from kunserve.core.ids import RequestId
+from kunserve.core.request import Request, SamplingParams, TokenOutput
+from kunserve.runtime.cluster import Cluster, ClusterView, InstanceView
+from kunserve.server.engine import EngineStatus, InstanceStatus
+
+_REFUSALS: dict[RefusalKind, Callable[[str], KunserveError]] = {
+    RefusalKind.INVALID: InvalidRequestError,
+    RefusalKind.QUEUE_FULL: QueueFullError,
+    RefusalKind.UNAVAILABLE: ServiceUnavailableError,
+}
+
+
+class ClusterEngine:
+    """Streams of tokens for HTTP handlers, which all run on one event loop.
+
+    Args:
+        heartbeat_timeout_s: an instance that is silent for longer counts as unhealthy.
+    """
+
+    def __init__(self, cluster: Cluster, vocab_size: int, heartbeat_timeout_s: float) -> None:
+        self._cluster = cluster
+        self._vocab_size = vocab_size
+        self._heartbeat_timeout_s = heartbeat_timeout_s
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens (prompt + output) of one request."""
+        return self._cluster.max_request_tokens
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are in 0..vocab_size-1."""
+        return self._vocab_size
+
+    async def generate(
+        self,
+        request_id: RequestId,
+        prompt_token_ids: tuple[int, ...],
+        params: SamplingParams,
+    ) -> AsyncIterator[tuple[TokenOutput, ...]]:
+        """See `EngineClient.generate`."""
+        loop = asyncio.get_running_loop()
+        inbox: asyncio.Queue[DeliverTokens | RefuseRequest] = asyncio.Queue()
+
+        def sink(news: DeliverTokens | RefuseRequest) -> None:
+            loop.call_soon_threadsafe(inbox.put_nowait, news)
+
+        request = Request(request_id, prompt_token_ids, params, time.monotonic_ns())
+        finished = False
+        self._cluster.submit(request, sink)
+        try:
+            while not finished:
+                news = await inbox.get()
+                if isinstance(news, RefuseRequest):
+                    finished = True
+                    raise _REFUSALS[news.kind](news.message)
+                finished = news.outputs[-1].finish is not None
+                yield news.outputs
+        finally:
+            if not finished:
+                self._cluster.abort(request_id)
+
+    def status(self) -> EngineStatus:
+        """A snapshot, never blocking."""
+        view = self._cluster.view
+        return EngineStatus(
+            ready=view.ready,
+            healthy=not self._cluster.ended.is_set() and self._is_healthy(view),
+            draining=view.draining,
+            num_requests=view.num_requests,
+            instances=tuple(_instance_status(instance) for instance in view.instances),
+        )
+
+    def _is_healthy(self, view: ClusterView) -> bool:
+        """Some instance serves, and none that should answer is silent."""
+        serving = [instance for instance in view.instances if instance.state == "ready"]
+        return bool(serving) and all(
+            instance.heartbeat_age_s <= self._heartbeat_timeout_s for instance in serving
+        )
+
+
+def _instance_status(view: InstanceView) -> InstanceStatus:
+    return InstanceStatus(
+        instance=view.instance,
+        pid=view.pid,
+        state=view.state,
+        heartbeat_age_s=view.heartbeat_age_s,
+        step_age_s=view.step_age_s,
+        load=view.load,
+    )

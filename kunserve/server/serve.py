@@ -1,0 +1,281 @@
+"""`kunserve serve`: puts the cluster and HTTP together, and ends them in order.
+
+Threads: HTTP (this one), the controller (see `kunserve.runtime.cluster`), tokenising (a pool).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+from starlette.applications import Starlette
+
+from kunserve.config import ServeConfig
+from kunserve.core.errors import ConfigError
+from kunserve.core.ids import InstanceId
+from kunserve.core.model import ModelSpec
+from kunserve.policy.controller import ControllerConfig
+from kunserve.policy.pages import MemoryPlan
+from kunserve.policy.scheduler import SchedulerConfig
+from kunserve.runtime.cluster import Cluster, ClusterSettings
+from kunserve.runtime.model_config import load_model_spec
+from kunserve.runtime.model_source import ResolvedModel, default_cache_dir, resolve_model
+from kunserve.runtime.stats_log import StatsLogger
+from kunserve.server.app import create_app
+from kunserve.server.cluster_engine import ClusterEngine
+from kunserve.server.settings import GenerationDefaults, ServerConfig, load_generation_defaults
+from kunserve.server.tokenizer import Tokenizer
+from kunserve.worker.engine import EngineSettings, plan_instance_memory, resolve_max_model_len
+
+logger = logging.getLogger("kunserve.serve")
+
+MIB = 1 << 20
+SECOND_NS = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class ServePlan:
+    """All that `serve` decides before it starts anything."""
+
+    config: ServeConfig
+    model: ResolvedModel
+    spec: ModelSpec
+    memory: MemoryPlan
+    max_model_len: int
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of one full copy of the weights, in whole pages."""
+        pages = sum(self.memory.part_pages[part] for part in self.memory.held)
+        return pages * self.memory.geometry.page_bytes
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens of KVCache of one instance."""
+        return self.memory.kv_blocks * self.config.block_size
+
+    def describe(self) -> str:
+        """The start line: what is served, and how much memory is replicated weights."""
+        instances = self.config.instances
+        total = self.memory.num_pages * self.memory.geometry.page_bytes * instances
+        replicated = self.weight_bytes * (instances - 1)
+        return (
+            f"{self.model.name}: {instances} instance(s) of {self.config.threads} thread(s), each "
+            f"{self.weight_bytes / MIB:.0f} MiB of weights and KVCache for {self.kv_tokens} "
+            f"tokens; {replicated / MIB:.0f} MiB of the cluster's {total / MIB:.0f} MiB "
+            f"({replicated / total:.0%}) are replicated weights"
+        )
+
+
+def make_plan(config: ServeConfig, progress: Callable[[str], None]) -> ServePlan:
+    """Resolve model and memory.
+
+    Raises:
+        ConfigError, ModelLoadError, ModelNotSupportedError: with the flag or file at fault.
+    """
+    cache = Path(config.cache_dir) if config.cache_dir else default_cache_dir(os.environ)
+    model = resolve_model(config.model, cache, progress)
+    spec = load_model_spec(model.directory)
+    memory = plan_instance_memory(spec, config.block_size, config.kv_bytes, config.memory_bytes)
+    limit = resolve_max_model_len(spec, memory, config.block_size, config.max_model_len)
+    return ServePlan(config, model, spec, memory, limit)
+
+
+def cluster_settings(plan: ServePlan) -> ClusterSettings:
+    """The cluster's own, narrower view of the configuration."""
+    config, spec = plan.config, plan.spec
+    return ClusterSettings(
+        num_instances=config.instances,
+        engine=EngineSettings(
+            model_directory=str(plan.model.directory),
+            spec=spec,
+            threads=config.threads,
+            block_size=config.block_size,
+            max_model_len=plan.max_model_len,
+            kv_cache_memory_bytes=config.kv_bytes,
+            memory_bytes=config.memory_bytes,
+            num_slots=config.instances,
+            poison=config.check_accounting,
+        ),
+        scheduler=SchedulerConfig(
+            block_size=config.block_size,
+            max_model_len=plan.max_model_len,
+            eos_token_ids=spec.eos_token_ids,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            step_time_target_ns=int(config.step_time_target_ms * 1e6),
+            enable_prefix_caching=config.enable_prefix_caching,
+        ),
+        controller=ControllerConfig(
+            num_instances=config.instances,
+            num_layers=spec.num_layers,
+            block_size=config.block_size,
+            max_model_len=plan.max_model_len,
+            max_num_queued_reqs=config.max_num_queued_reqs,
+            heartbeat_timeout_ns=int(config.heartbeat_timeout * SECOND_NS),
+        ),
+        start_timeout_s=config.start_timeout,
+        log_level=config.log_level,
+        check_accounting=config.check_accounting,
+    )
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Bind the HTTP port before anything expensive starts.
+
+    Raises:
+        ConfigError: the address cannot be used.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+    return listener
+
+
+class StartProgress:
+    """Start-up progress of all instances as log lines: a line when an activity begins."""
+
+    def __init__(self) -> None:
+        self._activities: dict[InstanceId, str] = {}
+        self._begin = time.monotonic()
+
+    def __call__(self, instance: InstanceId, activity: str, fraction: float) -> None:
+        """Take one report in. `fraction` is in 0..1."""
+        step = f"{activity} {int(fraction * 2) * 50}%" if 0 < fraction < 1 else activity
+        if self._activities.get(instance) != step:
+            self._activities[instance] = step
+            elapsed = time.monotonic() - self._begin
+            logger.info("instance %d: %s (%.1f s)", instance, step, elapsed)
+
+
+class _QuietServer(uvicorn.Server):
+    """uvicorn without its own signal handlers: SIGTERM drains first (see `Shutdown`)."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Shutdown:
+    """SIGTERM and SIGINT: the first drains, a second one ends at once."""
+
+    def __init__(self, cluster: Cluster, server: uvicorn.Server, timeout_s: float) -> None:
+        self._cluster = cluster
+        self._server = server
+        self._timeout_s = timeout_s
+        self._task: asyncio.Task[None] | None = None
+
+    def on_signal(self) -> None:
+        """Called on the event loop."""
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._drain())
+        else:
+            logger.warning("second signal: ending now")
+            self._end()
+
+    async def _drain(self) -> None:
+        logger.info("draining: no new requests; up to %.0f s for those running", self._timeout_s)
+        self._cluster.drain()
+        drained = await asyncio.to_thread(self._cluster.drained.wait, self._timeout_s)
+        if not drained:
+            logger.warning("--shutdown-timeout has passed; aborting the requests left")
+        self._end()
+
+    def _end(self) -> None:
+        self._server.should_exit = True
+        # Streams still open learn it from the cluster's end and close by themselves.
+        self._server.force_exit = not self._cluster.drained.is_set()
+
+
+def run(config: ServeConfig) -> int:
+    """Serve until a signal. Returns the exit code.
+
+    Raises:
+        KunserveError: the start failed; the message is one line.
+    """
+    with contextlib.closing(bind(config.host, config.port)) as listener:
+        plan = make_plan(config, logger.info)
+        logger.info("%s", plan.describe())
+        stats = StatsLogger()
+        cluster = Cluster(cluster_settings(plan), StartProgress(), stats.observe)
+        cluster.start()
+        try:
+            tokenizer = Tokenizer.load(plan.model.directory)
+            cluster.wait_ready()
+            app = make_app(plan, cluster, tokenizer)
+            asyncio.run(_serve_http(app, cluster, config, listener))
+            cluster.raise_failure()
+        finally:
+            cluster.stop()
+    logger.info("stopped")
+    return 0
+
+
+def make_app(
+    plan: ServePlan, cluster: Cluster, tokenizer: Tokenizer
+) -> Starlette:
+    """The HTTP application over a started cluster."""
+    config = plan.config
+    engine = ClusterEngine(cluster, plan.spec.vocab_size, config.heartbeat_timeout)
+    defaults = GenerationDefaults()
+    if config.generation_config == "auto":
+        defaults = load_generation_defaults(plan.model.directory)
+    server_config = ServerConfig(
+        served_model_names=config.served_model_name or _default_names(plan),
+        model_root=str(plan.model.directory),
+        api_keys=config.api_key,
+        max_request_body_bytes=config.max_request_body_bytes,
+        generation_defaults=defaults,
+    )
+    return create_app(engine, tokenizer, server_config)
+
+
+def _default_names(plan: ServePlan) -> tuple[str, ...]:
+    """The model's own name, and MODEL as it was written, which clients of vLLM expect."""
+    given = plan.config.model
+    return (plan.model.name,) if given in (None, plan.model.name) else (plan.model.name, given)
+
+
+async def _serve_http(
+    app: Starlette, cluster: Cluster, config: ServeConfig, listener: socket.socket
+) -> None:
+    server = _QuietServer(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=config.log_level == "debug",
+            timeout_graceful_shutdown=2,
+            lifespan="off",
+        )
+    )
+    shutdown = Shutdown(cluster, server, config.shutdown_timeout)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, shutdown.on_signal)
+    watch = loop.create_task(_end_with_cluster(cluster, server))
+    host, port = listener.getsockname()[:2]
+    logger.info("serving on http://%s:%d", host, port)
+    await server.serve(sockets=[listener])
+    watch.cancel()
+
+
+async def _end_with_cluster(cluster: Cluster, server: uvicorn.Server) -> None:
+    """The controller failing ends the command: better restarted than half alive."""
+    while not cluster.ended.is_set():
+        await asyncio.sleep(0.5)
+    server.should_exit = True

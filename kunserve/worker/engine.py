@@ -1,0 +1,194 @@
+"""Everything one whole instance needs to compute, put together: memory, weights, kernels, decoder.
+
+Used by the instance process, by `kunserve bench engine` and by tests, so that all run the same
+engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from kunserve.core.errors import ConfigError
+from kunserve.core.ids import Epoch, SlotId
+from kunserve.core.layout import LayerRange
+from kunserve.core.model import ModelSpec
+from kunserve.device.arena import create_arena
+from kunserve.device.kernels import Kernels, create_kernels
+from kunserve.policy.blocks import BlockPool
+from kunserve.policy.cost_model import CostModel
+from kunserve.policy.pages import MemoryPlan, PageGeometry, SlotMap, plan_memory
+from kunserve.policy.scheduler import Scheduler, SchedulerConfig
+from kunserve.worker.decoder import Decoder, DecoderMemory, build_rope_table
+from kunserve.worker.executor import Executor
+from kunserve.worker.memory import InstanceMemory
+from kunserve.worker.sampler import Sampler
+from kunserve.worker.slabs import part_format
+from kunserve.worker.weights import CheckpointReader, check_checkpoint, load_part
+
+Progress = Callable[[str, float], None]
+"""Called with what is being done and how much of it is done, 0..1."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What an instance computes with. Sizes in bytes; exactly one of the two memory sizes is set.
+
+    `num_slots` and `slot` place it in its partner domain (design section 3).
+    """
+
+    model_directory: str
+    spec: ModelSpec
+    threads: int
+    block_size: int
+    max_model_len: int
+    kv_cache_memory_bytes: int | None = None
+    memory_bytes: int | None = None
+    num_slots: int = 1
+    slot: int = 0
+    poison: bool = False
+
+
+def plan_instance_memory(
+    spec: ModelSpec,
+    block_size: int,
+    kv_cache_memory_bytes: int | None,
+    memory_bytes: int | None,
+) -> MemoryPlan:
+    """How the memory of a whole instance is split. Pure arithmetic: the front uses it as well.
+
+    Raises:
+        ConfigError: the memory is too small; the message says what is needed.
+    """
+    geometry = PageGeometry.fit(block_size * spec.kv_bytes_per_token_layer)
+    part_bytes = {part: part_format(spec, part).nbytes for part in spec.parts}
+    return plan_memory(
+        spec,
+        part_bytes,
+        spec.parts,
+        geometry,
+        kv_cache_memory_bytes=kv_cache_memory_bytes,
+        memory_bytes=memory_bytes,
+    )
+
+
+def resolve_max_model_len(
+    spec: ModelSpec, plan: MemoryPlan, block_size: int, wanted: int | None
+) -> int:
+    """Most tokens of a request: `wanted`, or as many as the model and the KVCache allow.
+
+    Raises:
+        ConfigError: `wanted` is more than the model's context or than the KVCache holds.
+    """
+    kv_tokens = plan.kv_blocks * block_size
+    if wanted is None:
+        return min(spec.max_position, kv_tokens)
+    if wanted > spec.max_position:
+        raise ConfigError(
+            f"--max-model-len {wanted} is more than the model's context of {spec.max_position}"
+        )
+    if wanted > kv_tokens:
+        raise ConfigError(
+            f"--max-model-len {wanted} is more than the {kv_tokens} tokens that the KVCache of an "
+            "instance holds; lower it or raise --kv-cache-memory-bytes"
+        )
+    return wanted
+
+
+class Engine:
+    """A loaded whole instance. Close it to give all memory and threads back."""
+
+    def __init__(self, settings: EngineSettings, progress: Progress) -> None:
+        """Open memory and load all parts.
+
+        Raises:
+            ModelLoadError, ConfigError, ArenaError, KernelsNotBuiltError, UnsupportedCpuError: see
+                the parts.
+        """
+        self.settings = settings
+        spec = settings.spec
+        self.plan = plan_instance_memory(
+            spec, settings.block_size, settings.kv_cache_memory_bytes, settings.memory_bytes
+        )
+        with ExitStack() as stack:
+            self.kernels: Kernels = create_kernels("cpu", settings.threads)
+            stack.callback(self.kernels.close)
+            self.slots = SlotMap.for_domain(
+                self.plan.geometry,
+                num_slots=settings.num_slots,
+                num_layers=spec.num_layers,
+                member_pages=self.plan.num_pages,
+            )
+            arena = create_arena(
+                "host", page_bytes=self.plan.geometry.page_bytes, num_pages=self.plan.num_pages
+            )
+            stack.callback(arena.close)
+            self.slot = SlotId(settings.slot)
+            self.memory = InstanceMemory(
+                self.plan, self.slots, self.slot, arena, poison=settings.poison
+            )
+            stack.callback(self.memory.close)
+            self._load(progress)
+            rope = build_rope_table(spec, settings.max_model_len)
+            self.decoder = Decoder(
+                spec,
+                self.kernels,
+                DecoderMemory(
+                    {part: self.memory.part_address(part) for part in spec.parts},
+                    {layer: self.memory.kv_base(layer) for layer in range(spec.num_layers)},
+                ),
+                LayerRange(0, spec.num_layers),
+                rope,
+                settings.block_size,
+            )
+            self._stack = stack.pop_all()
+
+    def _load(self, progress: Progress) -> None:
+        spec = self.settings.spec
+        with CheckpointReader(Path(self.settings.model_directory)) as reader:
+            check_checkpoint(reader, spec)
+            for done, part in enumerate(spec.parts):
+                progress("loading weights", done / len(spec.parts))
+                load_part(reader, spec, part, self.memory.part_address(part), self.kernels)
+
+    @property
+    def total_blocks(self) -> int:
+        """KV blocks of this instance as a group of its own."""
+        return self.memory.usable_blocks(self.slot)
+
+    def make_pool(self) -> BlockPool:
+        """The block pool of a group of this instance alone."""
+        return BlockPool(
+            self.slots.slot_blocks,
+            self.plan.geometry.blocks_per_page,
+            {self.slot: self.total_blocks},
+        )
+
+    def make_executor(self) -> Executor:
+        """An executor with no request started."""
+        sampler = Sampler(self.settings.spec.vocab_size, self.settings.spec.eos_token_ids)
+        return Executor(self.decoder, self.kernels, sampler, self.settings.block_size)
+
+    def make_scheduler(
+        self, config: SchedulerConfig, cost_model: CostModel, epoch: Epoch
+    ) -> Scheduler:
+        """The scheduler of a group of this instance alone."""
+        return Scheduler(config, self.make_pool(), cost_model, epoch)
+
+    def close(self) -> None:
+        """Unmap all memory and end the threads."""
+        self._stack.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

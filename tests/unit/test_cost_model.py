@@ -1,0 +1,138 @@
+"""Cost model: the formula, its fit and its inverse."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kunserve.core.errors import ConfigError
+from kunserve.policy.cost_model import ChunkShape, CostModel, StepSample
+
+SETTINGS = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+
+# Of the size that SmolLM2-135M has on one CPU thread.
+CPU = CostModel(alpha_ns=150.0, delta_ns=900.0, beta_ns=3.5e6, gamma_ns=8e6, head_ns=1.2e6)
+
+models = st.builds(
+    CostModel,
+    alpha_ns=st.floats(1.0, 1e4),
+    delta_ns=st.floats(1.0, 1e4),
+    beta_ns=st.floats(1e3, 1e7),
+    gamma_ns=st.floats(1e3, 1e8),
+    head_ns=st.floats(1e3, 1e7),
+)
+
+
+def grid_of_steps() -> list[tuple[ChunkShape, ...]]:
+    """Prefill chunks at several prefixes and decode batches: what a calibration run measures."""
+    prefills = [
+        (ChunkShape(prefix, tokens, samples),)
+        for prefix in (0, 64, 1000, 4000)
+        for tokens in (1, 16, 128, 512)
+        for samples in (False, True)
+    ]
+    decodes = [
+        (ChunkShape(prefix, 1, True),) * batch for prefix in (10, 1000) for batch in (1, 8, 32)
+    ]
+    return prefills + decodes
+
+
+def test_chunk_cost_by_hand() -> None:
+    model = CostModel(alpha_ns=2.0, delta_ns=3.0, beta_ns=5.0, gamma_ns=7.0, head_ns=11.0)
+    # prefix 10, 4 tokens: rows see 11, 12, 13, 14 tokens
+    assert model.chunk_ns(10, 4) == 2 * (11 + 12 + 13 + 14) + 3 * 14 + 5 * 4
+    assert model.chunk_ns(10, 4, samples=True) == model.chunk_ns(10, 4) + 11
+
+
+def test_weights_are_read_once_a_step() -> None:
+    chunks = (ChunkShape(10, 4), ChunkShape(0, 3, samples=True))
+    apart = sum(CPU.step_ns((chunk,)) for chunk in chunks)
+    assert CPU.step_ns(chunks) == pytest.approx(apart - CPU.gamma_ns)
+    assert CPU.step_ns(()) == CPU.gamma_ns
+
+
+def test_splitting_a_prompt_costs_only_a_second_read_of_its_prefix() -> None:
+    whole = CPU.chunk_ns(0, 100)
+    split = CPU.chunk_ns(0, 60) + CPU.chunk_ns(60, 40)
+    assert split == pytest.approx(whole + CPU.delta_ns * 60)
+
+
+@pytest.mark.parametrize("bad", [-1.0, math.nan])
+def test_negative_constants_are_refused(bad: float) -> None:
+    with pytest.raises(ConfigError, match="beta_ns"):
+        CostModel(alpha_ns=1.0, delta_ns=1.0, beta_ns=bad, gamma_ns=1.0)
+
+
+@SETTINGS
+@given(models)
+def test_fit_predicts_exact_samples(model: CostModel) -> None:
+    samples = [StepSample(chunks, round(model.step_ns(chunks))) for chunks in grid_of_steps()]
+    fitted = CostModel.fit(samples)
+    for sample in samples:
+        assert abs(fitted.relative_error(sample)) < 2e-3
+
+
+def test_fit_recovers_constants() -> None:
+    samples = [StepSample(chunks, round(CPU.step_ns(chunks))) for chunks in grid_of_steps()]
+    fitted = CostModel.fit(samples)
+    for name in ("alpha_ns", "delta_ns", "beta_ns", "gamma_ns", "head_ns"):
+        assert getattr(fitted, name) == pytest.approx(getattr(CPU, name), rel=0.01)
+
+
+@SETTINGS
+@given(st.randoms(use_true_random=False))
+def test_fit_of_noisy_samples_is_never_negative(rng: random.Random) -> None:
+    samples = [
+        StepSample(chunks, round(CPU.step_ns(chunks) * rng.uniform(0.8, 1.25)))
+        for chunks in grid_of_steps()
+    ]
+    fitted = CostModel.fit(samples)  # the constructor refuses negative constants
+    assert all(abs(fitted.relative_error(sample)) < 0.5 for sample in samples)
+
+
+def test_fit_of_pure_noise_is_never_negative() -> None:
+    rng = random.Random(1)
+    samples = [StepSample(c, rng.randrange(1, 10**9)) for c in grid_of_steps()]
+    assert CostModel.fit(samples).step_ns((ChunkShape(0, 1, True),)) >= 0.0
+
+
+def test_fit_of_samples_that_cannot_tell_constants_apart_still_predicts_them() -> None:
+    decode = (ChunkShape(100, 1, True),)
+    fitted = CostModel.fit([StepSample(decode, 5_000_000), StepSample(decode, 5_000_000)])
+    assert fitted.step_ns(decode) == pytest.approx(5e6, rel=1e-6)
+
+
+def test_fit_needs_measurements() -> None:
+    with pytest.raises(ConfigError, match="at least one"):
+        CostModel.fit([])
+    with pytest.raises(ConfigError, match="no time"):
+        CostModel.fit([StepSample((ChunkShape(0, 1),), 0)])
+
+
+@SETTINGS
+@given(models, st.floats(-1e6, 1e10), st.integers(0, 10_000), st.integers(0, 5_000))
+def test_largest_chunk_is_the_inverse(
+    model: CostModel, budget_ns: float, prefix: int, limit: int
+) -> None:
+    tokens = model.largest_chunk(budget_ns, prefix, limit)
+    assert 0 <= tokens <= limit
+    if tokens:
+        assert model.chunk_ns(prefix, tokens) <= budget_ns
+    if tokens < limit:
+        assert model.chunk_ns(prefix, tokens + 1) > budget_ns
+
+
+def test_chunks_shrink_as_the_prefix_grows() -> None:
+    sizes = [CPU.largest_chunk(100e6, prefix, 512) for prefix in range(0, 8000, 500)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == 28  # 3.5 ms a token
+
+
+def test_a_free_model_is_limited_by_the_limit_alone() -> None:
+    free = CostModel(alpha_ns=0.0, delta_ns=0.0, beta_ns=0.0, gamma_ns=0.0)
+    assert free.largest_chunk(0.0, 5, 77) == 77
+    assert free.largest_chunk(-1.0, 5, 77) == 0
