@@ -80,13 +80,16 @@ void store_tile(const Problem& p, __m256 (&sum)[R][kVectors], int64_t row, int64
 
 template <int R>
 inline __attribute__((always_inline)) void add_products(__m256 (&sum)[R][kVectors], const float* weights,
-                                                        const float* x, int64_t k) {
+                                                        const float* const (&x)[R], int64_t k) {
     __m256 w[kVectors];
     KN_UNROLL
-    for (int v = 0; v < kVectors; ++v) w[v] = _mm256_loadu_ps(weights + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) {
+        w[v] = _mm256_loadu_ps(weights + k * kPanel + v * kLanes);
+        in_register(w[v]);
+    }
     KN_UNROLL
     for (int r = 0; r < R; ++r) {
-        const __m256 in = _mm256_broadcast_ss(x + r * k);
+        const __m256 in = _mm256_broadcast_ss(x[r] + k);
         KN_UNROLL
         for (int v = 0; v < kVectors; ++v) sum[r][v] = _mm256_fmadd_ps(in, w[v], sum[r][v]);
     }
@@ -95,10 +98,11 @@ inline __attribute__((always_inline)) void add_products(__m256 (&sum)[R][kVector
 template <int R>
 void compute_tile(const Problem& p, int64_t row, int64_t panel, const Part& part, float* sums, Prefetch next) {
     const float* weights = p.packed + panel * p.k * kPanel;
-    const float* x = p.x + row * p.k;
+    const float* x[R];
     __m256 sum[R][kVectors];
     KN_UNROLL
     for (int r = 0; r < R; ++r) {
+        x[r] = p.x + (row + r) * p.k;
         KN_UNROLL
         for (int v = 0; v < kVectors; ++v) {
             sum[r][v] = part.k_begin == 0 ? _mm256_setzero_ps() : _mm256_loadu_ps(sums + r * kPanel + v * kLanes);
@@ -111,9 +115,9 @@ void compute_tile(const Problem& p, int64_t row, int64_t panel, const Part& part
             next.from += 64;
         }
         KN_UNROLL
-        for (int i = 0; i < kPrefetchStep; ++i) add_products<R>(sum, weights + (k + i) * kPanel, x + k + i, p.k);
+        for (int i = 0; i < kPrefetchStep; ++i) add_products<R>(sum, weights, x, k + i);
     }
-    for (; k < part.k_end; ++k) add_products<R>(sum, weights + k * kPanel, x + k, p.k);
+    for (; k < part.k_end; ++k) add_products<R>(sum, weights, x, k);
     if (part.k_end == p.k) {
         store_tile<R>(p, sum, row, panel * kPanel);
         return;

@@ -59,9 +59,9 @@ class SchedulerConfig:
     max_num_seqs: int = 256
     """Most running requests."""
     max_num_batched_tokens: int | None = None
-    """Most tokens of a step. None: as many as `step_time_target_ns` allows by the cost model."""
+    """Most tokens of a step, and so of decodes. None: set by time, see `step_time_target_ns`."""
     step_time_target_ns: int = 100_000_000
-    """What a step with prefills should last; not used with `max_num_batched_tokens`."""
+    """What a step with prefills may last by the cost model, if tokens do not bound it."""
     watermark_fraction: float = 0.01
     """Share of all blocks that admission leaves for the growth of running requests."""
     enable_prefix_caching: bool = True
@@ -81,12 +81,6 @@ class SchedulerConfig:
             raise ConfigError(
                 f"watermark_fraction must be in [0, 1), got {self.watermark_fraction}"
             )
-
-    @property
-    def max_running(self) -> int:
-        """Most running requests. A fixed token budget bounds them too: then all of them can decode
-        in one step, and while one of them is a prefill, a token is left for it."""
-        return min(self.max_num_seqs, self.max_num_batched_tokens or self.max_num_seqs)
 
 
 class _RequestState:
@@ -395,8 +389,12 @@ class Scheduler:
         self._enqueue(state)
 
     def _admit(self, draft: _Draft) -> None:
-        """Waiting requests by arrival, as long as limits, budget and memory allow the first."""
-        while self._waiting and len(self._running) < self._config.max_running:
+        """Waiting requests by arrival, as long as limits, budget and memory allow the first.
+
+        All others in the draft have their tokens by then, so one is admitted only when the budget
+        has a token more than there are decodes: these can never outgrow it.
+        """
+        while self._waiting and len(self._running) < self._config.max_num_seqs:
             if draft.is_closed:
                 return
             state = self._waiting[0]
@@ -570,8 +568,6 @@ class Scheduler:
         state.is_running = False
         self._pool.release(state.block_table)
         state.block_table = ()
-        state.computed_tokens = 0
-        state.published_blocks = 0
         self._to_start.pop(state.request.id, None)
         self._to_release[state.request.id] = None
 

@@ -27,3 +27,9 @@ def ignore_terminal_signals() -> None:
     what ends when, or a drain would lose the requests it waits for."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def end_with_parent() -> None:
+    """For a command that serves on behalf of its parent: SIGTERM, so that it ends its own
+    children in order, when the parent's thread ends. Runs between fork and exec."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)

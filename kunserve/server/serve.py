@@ -226,9 +226,7 @@ def run(config: ServeConfig) -> int:
     return 0
 
 
-def make_app(
-    plan: ServePlan, cluster: Cluster, tokenizer: Tokenizer
-) -> Starlette:
+def make_app(plan: ServePlan, cluster: Cluster, tokenizer: Tokenizer) -> Starlette:
     """The HTTP application over a started cluster."""
     config = plan.config
     engine = ClusterEngine(cluster, plan.spec.vocab_size, config.heartbeat_timeout)

@@ -103,7 +103,8 @@ def chunk(tokens: Sequence[int], start: int, stop: int, table: Sequence[int]) ->
 
 
 def random_tokens(seed: int, count: int) -> list[int]:
-    return np.random.default_rng(seed).integers(0, TINY_VOCAB_SIZE, count).tolist()
+    tokens: list[int] = np.random.default_rng(seed).integers(0, TINY_VOCAB_SIZE, count).tolist()
+    return tokens
 
 
 @torch.inference_mode()

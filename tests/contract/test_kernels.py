@@ -253,7 +253,7 @@ def reference_attention(layer: Layer, qkv: F32, q: F32) -> NDArray[np.float64]:
         scores[np.triu_indices(rows, 1)] = -np.inf
         weights = np.exp(scores - scores.max(axis=1, keepdims=True))
         out[:, head] = weights @ kv[:, 1, kv_head] / weights.sum(axis=1, keepdims=True)
-    return out.reshape(rows, -1)
+    return np.reshape(out, (rows, shape.q_size))
 
 
 def rotate(shape: LayerShape, qkv: F32) -> NDArray[np.float64]:

@@ -7,6 +7,7 @@ import json
 import threading
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -98,7 +99,11 @@ def write_gguf(file: Path, model: PreTrainedModel) -> None:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreTrainedModel]:
     """A wheel as the package index has it, but with a tiny model; and that model."""
     directory = tmp_path_factory.mktemp("wheel")
-    sizes = {"num_hidden_layers": 2, "vocab_size": VOCAB_SIZE, "tie_word_embeddings": True}
+    sizes: dict[str, Any] = {
+        "num_hidden_layers": 2,
+        "vocab_size": VOCAB_SIZE,
+        "tie_word_embeddings": True,
+    }
     model = build_tiny_model(directory / "hf", "llama", 1, **sizes)
     write_gguf(directory / "tiny.gguf", model)
     with zipfile.ZipFile(directory / WHEEL, "w") as archive:

@@ -237,7 +237,10 @@ def rewrite_header(change: Callable[[dict[str, Any]], object]) -> Callable[[Path
 
 
 def rewrite_bytes(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
-    return lambda file: file.write_bytes(change(file.read_bytes())) and None
+    def damage(file: Path) -> None:
+        file.write_bytes(change(file.read_bytes()))
+
+    return damage
 
 
 NORM = "model.norm.weight"

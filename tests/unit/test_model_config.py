@@ -110,7 +110,7 @@ def test_sliding_window_that_is_never_shorter_than_the_context(tmp_path: Path) -
 
 def test_kv_heads_by_default(tmp_path: Path) -> None:
     assert read(tmp_path, num_key_value_heads=ABSENT).num_kv_heads == 9
-    qwen2 = {"architectures": ["Qwen2ForCausalLM"]}
+    qwen2: dict[str, Any] = {"architectures": ["Qwen2ForCausalLM"]}
     assert read(tmp_path, **qwen2, num_key_value_heads=None).num_kv_heads == 9
     # The class default is a number there, which is never what a checkpoint means.
     with pytest.raises(ModelLoadError, match="num_key_value_heads is missing"):

@@ -388,6 +388,97 @@ def test_a_prefill_is_cut_to_the_blocks_there_are() -> None:
     assert (sizes(plan), plan.released) == ({"a": 1}, ("b",))
 
 
+def test_a_prefill_uses_its_own_last_block_before_it_preempts() -> None:
+    scheduler = make_scheduler(num_blocks=4, max_num_batched_tokens=12)
+    scheduler.add(make_request("a", 6, max_tokens=10))
+    scheduler.add(make_request("b", 12, max_tokens=4))
+    assert sizes(step(scheduler)[0]) == {"a": 6, "b": 6}
+    assert sizes(step(scheduler)[0]) == {"a": 1, "b": 2}
+
+
+def test_nobody_is_admitted_in_a_step_that_preempts() -> None:
+    scheduler = make_scheduler(num_blocks=4, max_num_batched_tokens=14, enable_prefix_caching=False)
+    scheduler.add(make_request("a", 7, max_tokens=9))
+    scheduler.add(make_request("b", 7, max_tokens=9))
+    scheduler.add(make_request("c", 1))  # one block: it would fit
+    assert sizes(step(scheduler)[0]) == {"a": 7, "b": 7}
+    assert sizes(step(scheduler)[0]) == {"a": 1, "b": 1}
+    assert sizes(step(scheduler)[0]) == {"a": 1}
+
+
+def test_a_cut_prefill_is_not_overtaken_by_one_that_fits_the_rest() -> None:
+    model = CostModel(alpha_ns=1e6, delta_ns=0.0, beta_ns=1e6, gamma_ns=0.0)
+    pool = BlockPool(1024, 4, {SlotId(0): 64})
+    scheduler = Scheduler(make_config(step_time_target_ns=19_000_000), pool, model, EPOCH)
+    scheduler.add(make_request("a", 20))
+    scheduler.add(make_request("b", 2))  # 2 + 3 ms
+    assert sizes(step(scheduler)[0]) == {"a": 4}  # 4 + 10 ms; 5 ms are left
+
+
+def test_a_decode_of_the_draft_gives_way_to_an_earlier_arrival() -> None:
+    scheduler = make_scheduler(num_blocks=4, max_num_batched_tokens=5)
+    scheduler.add(make_request("late", 5, max_tokens=8, arrival_ns=9))
+    step(scheduler)
+    scheduler.add(make_request("early", 14, max_tokens=2, arrival_ns=1))  # failed over
+    assert sizes(step(scheduler)[0]) == {"late": 1, "early": 4}
+    assert sizes(step(scheduler)[0]) == {"late": 1, "early": 4}
+    plan, _ = step(scheduler)
+    assert (sizes(plan), plan.released) == ({"early": 4}, ("late",))
+
+
+# ---------------------------------------------------------------- several steps in flight
+
+
+def decodes_in_full_blocks(*names: str) -> Scheduler:
+    """A stage for each request; each has two blocks, all there are, and soon needs another."""
+    num = len(names)
+    scheduler = make_scheduler(2 * num, num_stages=num, enable_prefix_caching=False)
+    for name in names:
+        scheduler.add(make_request(name, 7, max_tokens=9 - num))
+    step(scheduler)
+    return scheduler
+
+
+def test_a_request_in_flight_is_not_preempted_but_waited_for() -> None:
+    scheduler = decodes_in_full_blocks("a", "b")
+    first, second = next_plan(scheduler), next_plan(scheduler)
+    assert (sizes(first), sizes(second)) == ({"a": 1}, {"b": 1})
+    scheduler.update(first, result_of(first), 0)
+    assert scheduler.schedule(0) is None  # a needs a block, b is in flight
+    scheduler.update(second, result_of(second), 0)
+    plan = next_plan(scheduler)
+    assert (sizes(plan), plan.released) == ({"a": 1}, ("b",))
+    scheduler.check()
+
+
+def test_a_cancelled_release_is_said_again_unless_the_request_runs_again() -> None:
+    scheduler = decodes_in_full_blocks("a", "b", "c")
+    for plan in (next_plan(scheduler), next_plan(scheduler), next_plan(scheduler)):
+        scheduler.update(plan, result_of(plan), 0)
+    first = next_plan(scheduler)
+    assert (sizes(first), first.released) == ({"a": 1}, ("c",))
+    scheduler.abort(RequestId("b"))
+    second = next_plan(scheduler)
+    assert ([request.id for request in second.started], second.released) == (["c"], ("b",))
+    scheduler.update(second, result_of(second), 0)
+    scheduler.update(first, cancelled(first), 0)
+    assert next_plan(scheduler).released == ()
+    scheduler.check()
+
+
+def test_a_prefill_preempted_for_an_earlier_one_is_not_computed() -> None:
+    scheduler = make_scheduler(num_blocks=4, num_stages=2, max_num_batched_tokens=8)
+    scheduler.add(make_request("late", 8, arrival_ns=9))
+    first = next_plan(scheduler)
+    scheduler.add(make_request("early", 12, max_tokens=4, arrival_ns=1))
+    second = next_plan(scheduler)
+    scheduler.update(first, cancelled(first), 0)
+    scheduler.update(second, result_of(second), 0)
+    plan = next_plan(scheduler)
+    assert (sizes(plan), plan.released) == ({"early": 4}, ("late",))
+    scheduler.check()
+
+
 # ---------------------------------------------------------------- prefix cache
 
 

@@ -1,4 +1,4 @@
-"""The CPU backend: csrc/ (plain C interface, AVX2 and FMA), bound by ctypes, which frees the GIL."""
+"""The CPU backend: csrc/ (plain C interface, AVX2 and FMA) bound by ctypes, without the GIL."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ class CpuKernels:
         return math.ceil(n / PACK_WIDTH) * PACK_WIDTH * k * 4
 
     def pack_linear(self, weight: Float32Array, destination: int) -> None:
-        """Writes weight [n, k] to `destination` as panels [ceil(n / 24)][k][24], padded by zeros."""
+        """Writes weight [n, k] to `destination` as panels [ceil(n / 24)][k][24], zero padded."""
         n, k = weight.shape
         source = _address(weight, "weight", np.float32, (n, k))
         self._library.kn_pack_linear(self._context, source, n, k, destination)
