@@ -15,10 +15,11 @@
 namespace kn {
 namespace {
 
-constexpr int kPanel = 24;                // columns of a panel: three vectors
+constexpr int kPanel = 24;  // columns of a panel: three vectors
 constexpr int kVectors = kPanel / kLanes;
-constexpr int kTileRows = 4;              // 4 x 3 sums + 3 weights + 1 input fill the 16 registers
+constexpr int kTileRows = 4;                 // 4 x 3 sums + 3 weights + 1 input fill the 16 registers
 constexpr int64_t kRowBlockBytes = 1 << 20;  // input rows that stay in L2 while all panels pass
+constexpr int64_t kMostPartRows = 64;        // more rows than this take all of k at once
 constexpr int kPrefetchStep = 4;             // k steps between prefetches: 4 * 96 bytes are 6 cache lines
 constexpr int kLinesPerStep = kPrefetchStep * kPanel * 4 / 64;
 
@@ -80,16 +81,13 @@ void store_tile(const Problem& p, __m256 (&sum)[R][kVectors], int64_t row, int64
 
 template <int R>
 inline __attribute__((always_inline)) void add_products(__m256 (&sum)[R][kVectors], const float* weights,
-                                                        const float* const (&x)[R], int64_t k) {
+                                                        const float* x, int64_t k) {
     __m256 w[kVectors];
     KN_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-        w[v] = _mm256_loadu_ps(weights + k * kPanel + v * kLanes);
-        in_register(w[v]);
-    }
+    for (int v = 0; v < kVectors; ++v) w[v] = _mm256_loadu_ps(weights + v * kLanes);
     KN_UNROLL
     for (int r = 0; r < R; ++r) {
-        const __m256 in = _mm256_broadcast_ss(x[r] + k);
+        const __m256 in = _mm256_broadcast_ss(x + r * k);
         KN_UNROLL
         for (int v = 0; v < kVectors; ++v) sum[r][v] = _mm256_fmadd_ps(in, w[v], sum[r][v]);
     }
@@ -98,11 +96,10 @@ inline __attribute__((always_inline)) void add_products(__m256 (&sum)[R][kVector
 template <int R>
 void compute_tile(const Problem& p, int64_t row, int64_t panel, const Part& part, float* sums, Prefetch next) {
     const float* weights = p.packed + panel * p.k * kPanel;
-    const float* x[R];
+    const float* x = p.x + row * p.k;
     __m256 sum[R][kVectors];
     KN_UNROLL
     for (int r = 0; r < R; ++r) {
-        x[r] = p.x + (row + r) * p.k;
         KN_UNROLL
         for (int v = 0; v < kVectors; ++v) {
             sum[r][v] = part.k_begin == 0 ? _mm256_setzero_ps() : _mm256_loadu_ps(sums + r * kPanel + v * kLanes);
@@ -115,9 +112,9 @@ void compute_tile(const Problem& p, int64_t row, int64_t panel, const Part& part
             next.from += 64;
         }
         KN_UNROLL
-        for (int i = 0; i < kPrefetchStep; ++i) add_products<R>(sum, weights, x, k + i);
+        for (int i = 0; i < kPrefetchStep; ++i) add_products<R>(sum, weights + (k + i) * kPanel, x + k + i, p.k);
     }
-    for (; k < part.k_end; ++k) add_products<R>(sum, weights, x, k);
+    for (; k < part.k_end; ++k) add_products<R>(sum, weights + k * kPanel, x + k, p.k);
     if (part.k_end == p.k) {
         store_tile<R>(p, sum, row, panel * kPanel);
         return;
@@ -138,8 +135,6 @@ void compute_rows(const Problem& p, int64_t row, int64_t rows, int64_t panel, co
         default: return compute_tile<4>(p, row, panel, part, sums, next);
     }
 }
-
-constexpr int64_t kMostPartRows = 64;
 
 // The part of k that all tiles go through before the next one. While they work on one part the next is fetched, which
 // lets few rows overlap memory with computing (measured: +10 to 25 % from 2 to 32 rows); the more rows, the more it

@@ -13,10 +13,6 @@ namespace kn {
 
 constexpr int kLanes = 8;
 
-// Makes the compiler hold a loaded vector in a register. Left alone, GCC reads it again from memory for every multiply-add
-// that uses it, and the load ports become the limit.
-inline __attribute__((always_inline)) void in_register(__m256& v) { asm("" : "+x"(v)); }
-
 // e^x, relative error below 2e-7 (polynomial of Cephes expf). e^-inf = 0; below -87.33 the result is 0 and above
 // 88.37 infinity, a little before float32 ends, which saves the handling of denormals; NaN stays NaN.
 inline __m256 exp8(__m256 x) {
