@@ -76,6 +76,8 @@ class StepResult:
 class GroupLoad:
     """What a group's scheduler reports after a step, for dispatch and metrics.
 
+    `free_blocks` have no content; `cached_blocks` are unreferenced and keep theirs until they are
+    evicted: both can be had at once.
     `queued_blocks` is what the waiting requests need for all tokens known so far, beyond blocks
     they already hold. `leases_seen` is the number of leases the scheduler has taken in so far,
     so that the front can add what is still on the way. Counters are totals since start.
@@ -93,3 +95,13 @@ class GroupLoad:
     preemptions: int
     prefix_queries: int
     prefix_hits: int
+
+    @property
+    def available_blocks(self) -> int:
+        """What can be allocated now."""
+        return self.free_blocks + self.cached_blocks
+
+    @property
+    def used_share(self) -> float:
+        """Referenced blocks as a share of all, 0..1."""
+        return 1.0 - self.available_blocks / self.total_blocks if self.total_blocks else 0.0

@@ -112,7 +112,7 @@ class GroupRecord:
 
     def snapshot(self, hashes: Sequence[bytes]) -> GroupSnapshot:
         """The group as dispatch sees it for a prompt with these block hashes."""
-        free = self.load.free_blocks if self.load else self.total_blocks
+        free = self.load.available_blocks if self.load else self.total_blocks
         queued = self.load.queued_blocks if self.load else 0
         return GroupSnapshot(
             group=self.id,

@@ -16,7 +16,8 @@ TIE_FRACTION = 0.02
 
 @dataclass(frozen=True)
 class GroupSnapshot:
-    """A group as dispatch sees it. `queued_blocks` includes leases that are still on the way."""
+    """A group as dispatch sees it. `free_blocks` can be had now, by eviction too; `queued_blocks`
+    includes leases that are still on the way."""
 
     group: GroupId
     total_blocks: int

@@ -49,12 +49,11 @@ def describe_interval(before: GroupLoad, after: GroupLoad, elapsed_s: float) -> 
     generated = after.generated_tokens - before.generated_tokens
     if not (prompt or generated or after.num_running or after.num_waiting):
         return ""
-    used = after.total_blocks - after.free_blocks
     queries = after.prefix_queries
     return (
         f"Avg prompt throughput: {prompt / elapsed_s:.1f} tokens/s, "
         f"Avg generation throughput: {generated / elapsed_s:.1f} tokens/s, "
         f"Running: {after.num_running} reqs, Waiting: {after.num_waiting} reqs, "
-        f"KV cache usage: {used / after.total_blocks:.1%}, "
+        f"KV cache usage: {after.used_share:.1%}, "
         f"Prefix cache hit rate: {after.prefix_hits / queries if queries else 0.0:.1%}"
     )

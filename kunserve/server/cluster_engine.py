@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 
 from kunserve.core.errors import (
     InvalidRequestError,
@@ -52,7 +52,7 @@ class ClusterEngine:
         request_id: RequestId,
         prompt_token_ids: tuple[int, ...],
         params: SamplingParams,
-    ) -> AsyncIterator[tuple[TokenOutput, ...]]:
+    ) -> AsyncGenerator[tuple[TokenOutput, ...], None]:
         """See `EngineClient.generate`."""
         loop = asyncio.get_running_loop()
         inbox: asyncio.Queue[DeliverTokens | RefuseRequest] = asyncio.Queue()
@@ -84,6 +84,7 @@ class ClusterEngine:
             draining=view.draining,
             num_requests=view.num_requests,
             instances=tuple(_instance_status(instance) for instance in view.instances),
+            controller_cpu_s=view.cpu_ns / 1e9,
         )
 
     def _is_healthy(self, view: ClusterView) -> bool:
@@ -102,4 +103,5 @@ def _instance_status(view: InstanceView) -> InstanceStatus:
         heartbeat_age_s=view.heartbeat_age_s,
         step_age_s=view.step_age_s,
         load=view.load,
+        timing=view.timing,
     )

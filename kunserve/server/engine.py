@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
+from kunserve.core.events import StepTiming
 from kunserve.core.ids import InstanceId, RequestId
 from kunserve.core.request import SamplingParams, TokenOutput
 from kunserve.core.step import GroupLoad
@@ -26,18 +27,21 @@ class InstanceStatus:
     heartbeat_age_s: float
     step_age_s: float
     load: GroupLoad | None
+    timing: StepTiming = StepTiming()
 
 
 @dataclass(frozen=True)
 class EngineStatus:
     """`ready`: at least one instance takes requests and the front does not drain.
-    `healthy`: no instance that should answer has been silent past its deadline."""
+    `healthy`: no instance that should answer has been silent past its deadline.
+    `controller_cpu_s`: what the controller's thread has computed since the start."""
 
     ready: bool
     healthy: bool
     draining: bool
     num_requests: int
     instances: tuple[InstanceStatus, ...]
+    controller_cpu_s: float = 0.0
 
 
 class EngineClient(Protocol):
@@ -56,7 +60,7 @@ class EngineClient(Protocol):
         request_id: RequestId,
         prompt_token_ids: tuple[int, ...],
         params: SamplingParams,
-    ) -> AsyncIterator[tuple[TokenOutput, ...]]:
+    ) -> AsyncGenerator[tuple[TokenOutput, ...], None]:
         """Yield the tokens of one request as they come, the last one with `finish` set.
 
         Closing the iterator early (aclose, or cancellation of the task that awaits it) aborts

@@ -19,6 +19,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from kunserve.core.events import StepTiming
 from kunserve.core.request import FinishReason
 from kunserve.core.step import GroupLoad
 from kunserve.server.engine import EngineClient, InstanceStatus
@@ -63,7 +64,9 @@ class EngineCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """One family per metric, one sample per instance."""
-        instances = self._engine.status().instances
+        status = self._engine.status()
+        instances = status.instances
+        yield from self._front_counters(status.controller_cpu_s)
         yield self._gauge(
             "instance_ready", "1 while the instance takes requests", instances, _is_ready
         )
@@ -97,6 +100,36 @@ class EngineCollector(Collector):
             for instance, load in loads:
                 counter.add_metric(self._labels(instance), getattr(load, attribute))
             yield counter
+        yield from self._step_counters(instances)
+
+    def _step_counters(self, instances: tuple[InstanceStatus, ...]) -> Iterable[Metric]:
+        """Where the time goes: steps, their computing, and Python around them in the instance."""
+        counters: dict[str, tuple[str, Callable[[StepTiming], float]]] = {
+            "steps": ("Steps done", lambda timing: timing.steps),
+            "step_execute_seconds": (
+                "Time in the executor", lambda timing: timing.execute_ns / 1e9,
+            ),
+            "step_schedule_seconds": (
+                "Time of the instance between steps: scheduling, messages, reports",
+                lambda timing: timing.schedule_ns / 1e9,
+            ),
+        }  # fmt: skip
+        for name, (text, value) in counters.items():
+            counter = CounterMetricFamily(PREFIX + name, text, labels=_INSTANCE_LABELS)
+            for instance in instances:
+                counter.add_metric(self._labels(instance), value(instance.timing))
+            yield counter
+
+    def _front_counters(self, controller_cpu_s: float) -> Iterable[Metric]:
+        """CPU time of the front's threads. Scraped on the HTTP thread, so that its own counts."""
+        seconds = {
+            "controller_cpu_seconds": ("CPU time of the controller's thread", controller_cpu_s),
+            "http_cpu_seconds": ("CPU time of the HTTP thread", time.thread_time()),
+        }
+        for name, (text, value) in seconds.items():
+            counter = CounterMetricFamily(PREFIX + name, text, labels=_LABELS)
+            counter.add_metric([self._model_name], value)
+            yield counter
 
     def _gauge(
         self,
@@ -123,8 +156,7 @@ def _load_gauge(name: str, load: GroupLoad) -> float:
         return load.num_running
     if name == "num_requests_waiting":
         return load.num_waiting
-    in_use = load.total_blocks - load.free_blocks - load.cached_blocks
-    return in_use / load.total_blocks if load.total_blocks else 0.0
+    return load.used_share
 
 
 class ServerMetrics:

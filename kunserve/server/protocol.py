@@ -6,9 +6,11 @@ does not support, and that would change the answer, is refused by name (`_UNSUPP
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -490,7 +492,8 @@ def parse_request(body: bytes, model: type[RequestT]) -> RequestT:
         InvalidRequestError: a field that is not supported.
     """
     try:
-        content = pydantic_core.from_json(body, allow_inf_nan=False)
+        with _without_gc():
+            content = pydantic_core.from_json(body, allow_inf_nan=False)
     except ValueError as error:
         raise HttpError(400, f"the body is not valid JSON: {error}") from error
     if not isinstance(content, dict):
@@ -501,6 +504,19 @@ def parse_request(body: bytes, model: type[RequestT]) -> RequestT:
         raise _validation_error(error) from error
     request.check_supported()
     return request
+
+
+@contextlib.contextmanager
+def _without_gc() -> Iterator[None]:
+    """A body of millions of small lists makes the collector run over and over: 1.8 s of a standing
+    event loop for 8 MiB, against 0.15 s without it. Parsing leaves no cycles behind."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _validation_error(error: ValidationError) -> HttpError:

@@ -215,10 +215,10 @@ def run(config: ServeConfig) -> int:
         cluster = Cluster(cluster_settings(plan), StartProgress(), stats.observe)
         cluster.start()
         try:
-            tokenizer = Tokenizer.load(plan.model.directory)
-            cluster.wait_ready()
-            app = make_app(plan, cluster, tokenizer)
-            asyncio.run(_serve_http(app, cluster, config, listener))
+            with contextlib.closing(Tokenizer.load(plan.model.directory)) as tokenizer:
+                cluster.wait_ready()
+                app = make_app(plan, cluster, tokenizer)
+                asyncio.run(_serve_http(app, cluster, config, listener))
             cluster.raise_failure()
         finally:
             cluster.stop()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 from starlette.types import Receive
 
@@ -74,7 +74,8 @@ class TokenStreams:
     ) -> None:
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._tasks:  # wait, not gather: if we are cancelled here, their clean-up still runs
+            await asyncio.wait(self._tasks)
 
     async def next(self) -> list[Arrival]:
         """Wait for tokens of any sequence.
@@ -102,11 +103,7 @@ class TokenStreams:
 
     async def _pump(self, index: int, spec: SequenceSpec) -> None:
         timer = self._timers[index]
-        # The interface promises aclose, which only the generator type states.
-        stream = cast(
-            AsyncGenerator[tuple[TokenOutput, ...], None],
-            self._engine.generate(spec.request_id, spec.prompt_token_ids, spec.params),
-        )
+        stream = self._engine.generate(spec.request_id, spec.prompt_token_ids, spec.params)
         try:
             async with contextlib.aclosing(stream):
                 async for outputs in stream:

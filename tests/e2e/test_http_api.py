@@ -392,16 +392,32 @@ def test_empty_prompts(server: Server):
         assert error_of(post("/v1/completions", json={"prompt": prompt}), 400)["param"] == "prompt"
 
 
-def test_model_without_chat_template(tmp_path: Path):
-    plain = load_tokenizer(tmp_path, chat_template=None)
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "no chat template"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{{ cycler.__init__.__globals__ }}", "unsafe"),
+        ("{{ messages[0]['content'] + 1 }}", "chat template"),
+        ("{{ absent.field }}", "undefined"),
+        ("{% for i in range(1000000000) %}x{% endfor %}", "range"),
+        ("{% for i in range(99999) %}xxxxxxxxxx{% endfor %}", "characters"),
+        ("", "no chat template"),
+        ("{# nothing #}", "empty prompt"),
+    ],
+)
+def test_chat_templates_that_fail_or_misbehave(tmp_path: Path, template: str | None, message: str):
+    plain = load_tokenizer(tmp_path, template)
     app = create_app(FakeEngine(), plain, ServerConfig(("tiny",)))
-    transport = httpx.ASGITransport(app)
 
     async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
             return await client.post("/v1/chat/completions", json={"messages": HI})
 
-    assert "no chat template" in error_of(asyncio.run(ask()), 400)["message"]
+    assert message in error_of(asyncio.run(ask()), 400)["message"]
     plain.close()
 
 
