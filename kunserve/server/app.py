@@ -6,6 +6,7 @@ FastAPI around them would add 13 MiB and documentation routes that no key protec
 
 from __future__ import annotations
 
+import random
 import time
 
 from starlette.applications import Starlette
@@ -31,7 +32,8 @@ METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 def create_app(engine: EngineClient, tokenizer: Tokenizer, config: ServerConfig) -> Starlette:
     """The ASGI application over a running engine. It owns neither engine nor tokenizer."""
     metrics = ServerMetrics(engine, config.served_model_names[0])
-    service = Service(engine, tokenizer, config, metrics)
+    seeds = random.SystemRandom() if config.seed is None else random.Random(config.seed)
+    service = Service(engine, tokenizer, config, metrics, seeds)
     gate = Gate(config.max_preparing)
     status = StatusRoutes(service)
     app = Starlette(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -69,6 +70,7 @@ class Service:
     tokenizer: Tokenizer
     config: ServerConfig
     metrics: ServerMetrics
+    seeds: random.Random
 
     def check_available(self) -> None:
         """Refuse early, before a body is tokenised.
@@ -216,7 +218,7 @@ class GenerationEndpoint:
             request.count,
         )
         defaults = service.config.generation_defaults
-        seed = request.first_seed()
+        seed = request.first_seed(service.seeds)
         specs: list[SequenceSpec] = []
         states: list[SequenceState] = []
         timers: list[SequenceTimer] = []

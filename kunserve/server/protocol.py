@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-import secrets
+import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -221,15 +221,15 @@ class GenerationRequest(BaseModel):
             strings, bool(self.include_stop_str_in_output), max(0, self.min_tokens or 0)
         )
 
-    def first_seed(self) -> int:
-        """The seed of the first answer; answer i adds i. Drawn here for a request without one (-1
-        is none, as in vLLM).
+    def first_seed(self, generator: random.Random) -> int:
+        """The seed of the first answer; answer i adds i. Drawn from `generator` for a request
+        without one (-1 is none, as in vLLM).
 
         Raises:
             InvalidRequestError: not a 64-bit integer.
         """
         if self.seed is None or self.seed == -1:
-            return secrets.randbits(64)
+            return generator.getrandbits(64)
         if not -_INT64_LIMIT <= self.seed < _INT64_LIMIT:
             raise InvalidRequestError("seed must be a 64-bit signed integer", "seed")
         return self.seed % SEED_LIMIT

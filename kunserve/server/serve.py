@@ -239,6 +239,7 @@ def make_app(plan: ServePlan, cluster: Cluster, tokenizer: Tokenizer) -> Starlet
         api_keys=config.api_key,
         max_request_body_bytes=config.max_request_body_bytes,
         generation_defaults=defaults,
+        seed=config.seed,
     )
     return create_app(engine, tokenizer, server_config)
 

@@ -82,7 +82,8 @@ class ServerConfig:
     `served_model_names`: names that requests may use; the first is used when they name none, and
     labels the metrics. `model_root`: what /v1/models shows as the checkpoint. `max_sequences`:
     most prompts times answers of one request. `max_preparing`: most requests whose bodies are
-    read and tokenised at one time (more are answered 503).
+    read and tokenised at one time (more are answered 503). `seed`: of the generator that draws
+    the seeds of requests without one; None takes the system's randomness.
     """
 
     served_model_names: tuple[str, ...]
@@ -94,6 +95,7 @@ class ServerConfig:
     max_sequences: int = 256
     max_preparing: int = 256
     generation_defaults: GenerationDefaults = GenerationDefaults()
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         if not self.served_model_names or not all(self.served_model_names):
