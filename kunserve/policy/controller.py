@@ -351,6 +351,8 @@ class Controller:
         instance = self._instances[event.instance]
         if event.incarnation != instance.incarnation:
             return
+        if instance.state is not InstanceState.STARTING:
+            return  # the news of its end came before its last message
         instance.state = InstanceState.READY
         instance.total_blocks = event.total_blocks
         instance.last_heard_ns = instance.ready_since_ns = now_ns

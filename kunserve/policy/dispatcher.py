@@ -35,15 +35,19 @@ class GroupSnapshot:
 def choose_group(groups: Sequence[GroupSnapshot], needed_blocks: int) -> GroupId:
     """Pick the group for a request that needs `needed_blocks` now.
 
-    Among the groups within the tie margin of the most headroom: the longest cached prefix, then
-    the fewest requests, then the lowest id. `groups` must not be empty.
+    Among the groups within a margin of the most headroom: the longest cached prefix, then the
+    fewest requests, then the lowest id. The margin is a small share of the capacity; among groups
+    that have room for the request now it is at least the request itself, so that the next one
+    with the same prefix may follow it. `groups` must not be empty.
     """
-    best = max(group.headroom_blocks for group in groups)
+    with_room = [group for group in groups if group.headroom_blocks >= needed_blocks]
+    candidates = with_room or groups
+    best = max(group.headroom_blocks for group in candidates)
+    least_margin = needed_blocks if with_room else 0
     ties = [
         group
-        for group in groups
-        if best - group.headroom_blocks
-        <= max(needed_blocks, int(group.total_blocks * TIE_FRACTION))
+        for group in candidates
+        if best - group.headroom_blocks <= max(least_margin, int(group.total_blocks * TIE_FRACTION))
     ]
     chosen = min(ties, key=lambda g: (-g.prefix_blocks, g.num_requests, g.group))
     return chosen.group

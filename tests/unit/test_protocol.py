@@ -2,6 +2,7 @@
 
 import json
 import logging
+import random
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from kunserve.server.settings import GenerationDefaults, ServerConfig, load_gene
 VOCAB = 1000
 NO_DEFAULTS = GenerationDefaults()
 HI = [{"role": "user", "content": "hi"}]
+SEEDS = random.Random(0)
 
 
 def completion(**fields: Any) -> CompletionRequest:
@@ -37,7 +39,7 @@ def sampling(
 ) -> SamplingParams:
     given = {
         "max_tokens": 16,
-        "seed": request.first_seed(random.Random(0)),
+        "seed": request.first_seed(SEEDS),
         "logprobs": None,
     } | given
     return request.sampling_params(vocab_size=VOCAB, defaults=defaults, **given)
@@ -105,10 +107,10 @@ def test_tiny_temperatures_as_vllm(given: float, used: float):
 
 
 def test_seeds():
-    assert completion(seed=7).first_seed(random.Random(0)) == 7
-    assert completion(seed=-2).first_seed(random.Random(0)) == (1 << 64) - 2
-    assert completion(seed=(1 << 63) - 1).first_seed(random.Random(0)) == (1 << 63) - 1
-    drawn = {completion(seed=seed).first_seed(random.Random(0)) for seed in (None, -1, None, -1)}
+    assert completion(seed=7).first_seed(SEEDS) == 7
+    assert completion(seed=-2).first_seed(SEEDS) == (1 << 64) - 2
+    assert completion(seed=(1 << 63) - 1).first_seed(SEEDS) == (1 << 63) - 1
+    drawn = {completion(seed=seed).first_seed(SEEDS) for seed in (None, -1, None, -1)}
     assert len(drawn) == 4
     assert sampling(completion(), seed=(1 << 64) + 3).seed == 3
 

@@ -434,7 +434,7 @@ def decodes_in_full_blocks(*names: str) -> Scheduler:
     num = len(names)
     scheduler = make_scheduler(2 * num, num_stages=num, enable_prefix_caching=False)
     for name in names:
-        scheduler.add(make_request(name, 7, max_tokens=9 - num))
+        scheduler.add(make_request(name, 7, max_tokens=9))
     step(scheduler)
     return scheduler
 
