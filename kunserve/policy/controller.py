@@ -53,7 +53,8 @@ class ControllerConfig:
     """Numbers of the cluster. Durations in nanoseconds.
 
     `max_num_queued_reqs` bounds the requests that wait for their first step, over the cluster.
-    A lost instance is started again after `restart_backoff_ns` (doubling), at most
+    A request that ran on `max_losses` instances when they were lost is given up: it may be what
+    ends them. A lost instance is started again after `restart_backoff_ns` (doubling), at most
     `max_restarts` times in a row without having served for `stable_ns`.
     """
 
@@ -66,6 +67,7 @@ class ControllerConfig:
     restart_backoff_ns: int = SECOND_NS
     stable_ns: int = 60 * SECOND_NS
     max_restarts: int = 3
+    max_losses: int = 3
 
 
 class InstanceState(Enum):
@@ -132,6 +134,7 @@ class RequestRecord:
     outputs: list[int]
     group: GroupId | None = None
     started: bool = False
+    losses: int = 0
 
     def lease(self) -> Request:
         """The request with all tokens the client has seen: what a new leader continues from."""
@@ -392,7 +395,7 @@ class Controller:
             yield from self._continue_elsewhere(request_id, event.reason)
 
     def _plan_restart(self, instance: InstanceRecord, now_ns: int) -> None:
-        if instance.restarts_in_row >= self._config.max_restarts or self._draining:
+        if instance.restarts_in_row >= self._config.max_restarts:
             instance.state = InstanceState.DEAD
             return
         backoff = self._config.restart_backoff_ns << instance.restarts_in_row
@@ -415,11 +418,16 @@ class Controller:
 
     def _continue_elsewhere(self, request_id: RequestId, reason: str) -> Iterator[Command]:
         """Recompute from the front's copy on another group, or wait for a restart."""
-        if self._may_serve():
+        record = self._requests[request_id]
+        record.losses += record.started
+        if self._may_serve() and record.losses < self._config.max_losses:
             yield from self._dispatch(request_id)
             return
         self._forget(request_id)
-        message = f"the last instance was lost: {reason}"
+        if self._may_serve():
+            message = f"{record.losses} instances were lost while they ran this request: {reason}"
+        else:
+            message = f"the last instance was lost: {reason}"
         yield RefuseRequest(request_id, RefusalKind.UNAVAILABLE, message)
 
     # ------------------------------------------------------------ time and drain

@@ -93,6 +93,7 @@ class _RequestState:
         "is_aborted",
         "is_new",
         "is_running",
+        "is_unannounced",
         "limit_tokens",
         "num_prompt_tokens",
         "order",
@@ -114,6 +115,7 @@ class _RequestState:
         self.hashes: tuple[bytes, ...] = ()  # of the full blocks of the known tokens, so far
         self.published_blocks = 0  # the first blocks of the table whose names others may see
         self.is_running = False
+        self.is_unannounced = True  # the executor has no sampling state of it
         self.is_aborted = False
         self.is_new = True  # never left the queue
 
@@ -155,7 +157,10 @@ class _Draft:
         self._cost_model = cost_model
         self._least_tokens = config.block_size
         self._left_tokens = config.max_num_batched_tokens
-        self._left_ns = config.step_time_target_ns - cost_model.gamma_ns
+        # A step takes gamma_ns however small its chunks: below twice that, a shorter step would
+        # mostly read weights again and prefill would starve.
+        target_ns = max(config.step_time_target_ns, 2.0 * cost_model.gamma_ns)
+        self._left_ns = target_ns - cost_model.gamma_ns
 
     def add(self, state: _RequestState, tokens: int) -> None:
         """Compute the next `tokens` tokens of `state` in this step."""
@@ -205,9 +210,7 @@ class Scheduler:
         self._running: list[_RequestState] = []
         self._flights: dict[int, _Flight] = {}
         self._next_step = 0
-        # What the executor has not been told yet.
-        self._to_start: dict[RequestId, _RequestState] = {}
-        self._to_release: dict[RequestId, None] = {}
+        self._to_release: dict[RequestId, None] = {}  # what the executor has not been told yet
         self._newly_started: list[RequestId] = []
         self._queued_blocks = 0
         self._leases_seen = 0
@@ -429,7 +432,7 @@ class Scheduler:
         state.computed_tokens = len(cached) * self._config.block_size
         state.is_running = True
         insort(self._running, state, key=_arrival)
-        self._to_start[state.request.id] = state
+        state.is_unannounced = True
         if state.is_new:
             state.is_new = False
             self._newly_started.append(state.request.id)
@@ -438,9 +441,13 @@ class Scheduler:
                 self._prefix_hits += state.computed_tokens
 
     def _issue(self, draft: _Draft) -> StepPlan:
-        """Turn the draft into a plan and remember it until its result comes."""
+        """Turn the draft into a plan and remember it until its result comes.
+
+        A request is announced in a plan that computes it, never in another one that could be
+        cancelled while it is computed already.
+        """
         states = tuple(draft.work)
-        started = tuple(self._to_start.values())
+        started = tuple(state for state in states if state.is_unannounced)
         plan = StepPlan(
             epoch=self._epoch,
             step=self._next_step,
@@ -450,7 +457,7 @@ class Scheduler:
         )
         for state, tokens in draft.work.items():
             state.planned_tokens = tokens
-        self._to_start.clear()
+            state.is_unannounced = False
         self._to_release.clear()
         self._flights[plan.step] = _Flight(plan, states, started)
         self._next_step += 1
@@ -463,19 +470,21 @@ class Scheduler:
 
         A cancelled result gives none, and the same work is planned again; `started` and `released`
         are then said again too, so the executor replaces what it has of a request that starts.
+        A request whose row failed ends here like an aborted one, without a last token.
 
         Raises:
             AccountingError: the plan is not in flight, the result is of another epoch or step, or
-                its tokens are not those of the plan. Nothing has changed then.
+                its tokens and failed rows are not those of the plan. Nothing has changed then.
         """
         flight = self._flight_of(plan, result)
         tokens = {} if result.cancelled else _tokens_of(flight.plan, result)
         del self._flights[plan.step]
         for state in flight.states:
             state.planned_tokens = 0
+        failed = {request_id for request_id, _ in result.failed}
         outputs: list[TokenOutput] = []
         for state, chunk in zip(flight.states, flight.plan.chunks, strict=True):
-            if state.is_aborted:
+            if state.is_aborted or chunk.request_id in failed:
                 del self._requests[chunk.request_id]
                 self._leave(state)
             elif not result.cancelled:
@@ -543,8 +552,7 @@ class Scheduler:
     def _say_again(self, flight: _Flight) -> None:
         """A cancelled step may not have taken in who starts and who is released."""
         for state in flight.started:
-            if state.is_running:
-                self._to_start[state.request.id] = state
+            state.is_unannounced = True
         for request_id in flight.plan.released:
             state_now = self._requests.get(request_id)
             if state_now is None or not state_now.is_running:
@@ -568,7 +576,6 @@ class Scheduler:
         state.is_running = False
         self._pool.release(state.block_table)
         state.block_table = ()
-        self._to_start.pop(state.request.id, None)
         self._to_release[state.request.id] = None
 
     def _extend(self, state: _RequestState, num_blocks: int) -> None:
@@ -633,11 +640,14 @@ def _known_request(state: _RequestState) -> Request:
 
 
 def _tokens_of(plan: StepPlan, result: StepResult) -> dict[RequestId, SampledToken]:
-    """The result's tokens by request: exactly one for every chunk that samples."""
+    """The result's tokens by request: one for every chunk that samples and has not failed."""
     tokens = {token.request_id: token for token in result.tokens}
     expected = {chunk.request_id: chunk.output_index for chunk in plan.chunks if chunk.samples}
-    given = {request_id: token.output_index for request_id, token in tokens.items()}
-    if given != expected or len(result.tokens) != len(expected):
+    given: dict[RequestId, int | None] = {
+        request_id: token.output_index for request_id, token in tokens.items()
+    }
+    given |= {request_id: expected.get(request_id) for request_id, _ in result.failed}
+    if given != expected or len(result.tokens) + len(result.failed) != len(expected):
         raise AccountingError(
             f"step {plan.step} should sample {expected} (request: output index), got {given}"
         )

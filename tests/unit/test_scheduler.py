@@ -119,6 +119,7 @@ class Executor:
 def check_plan(plan: StepPlan, block_size: int) -> None:
     """No two chunks of one request; no block that is written is in another table."""
     assert plan.chunks
+    assert {request.id for request in plan.started} <= {chunk.request_id for chunk in plan.chunks}
     assert len({chunk.request_id for chunk in plan.chunks}) == len(plan.chunks)
     for chunk in plan.chunks:
         assert chunk.token_ids
@@ -466,6 +467,19 @@ def test_a_cancelled_release_is_said_again_unless_the_request_runs_again() -> No
     scheduler.check()
 
 
+def test_a_request_is_announced_only_in_a_plan_that_computes_it() -> None:
+    scheduler = make_scheduler(num_stages=2)
+    scheduler.add(make_request("a", 1))
+    scheduler.add(make_request("b", 1))
+    plan = next_plan(scheduler)
+    assert len(plan.started) == 2
+    scheduler.update(plan, cancelled(plan), 0)
+    for name in ("a", "b"):  # decodes of different microbatches now
+        plan = next_plan(scheduler)
+        assert [request.id for request in plan.started] == [name]
+        assert sizes(plan) == {name: 1}
+
+
 def test_a_prefill_preempted_for_an_earlier_one_is_not_computed() -> None:
     scheduler = make_scheduler(num_blocks=4, num_stages=2, max_num_batched_tokens=8)
     scheduler.add(make_request("late", 8, arrival_ns=9))
@@ -691,6 +705,8 @@ def test_results_of_another_step_or_epoch_change_nothing() -> None:
         replace(good, tokens=(token, token)),
         replace(good, tokens=(replace(token, output_index=1),)),
         replace(good, tokens=(token, replace(token, request_id=RequestId("b")))),
+        replace(good, failed=((RequestId("a"), "not finite"),)),
+        replace(good, failed=((RequestId("b"), "not finite"),)),
     ):
         with pytest.raises(AccountingError, match="step"):
             scheduler.update(plan, wrong, 0)
@@ -700,6 +716,27 @@ def test_results_of_another_step_or_epoch_change_nothing() -> None:
     with pytest.raises(AccountingError, match="not in flight"):
         scheduler.update(plan, good, 0)
     scheduler.check()
+
+
+@pytest.mark.parametrize("aborted_before", [False, True])
+def test_a_row_without_a_token_ends_its_request_alone_and_is_not_cached(
+    aborted_before: bool,
+) -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_request("a", 9))
+    scheduler.add(make_request("b", 9))
+    plan = next_plan(scheduler)
+    good = result_of(plan)
+    failed = replace(good, tokens=good.tokens[1:], failed=((RequestId("a"), "not finite"),))
+    if aborted_before:
+        scheduler.abort(RequestId("a"))
+    (output,) = scheduler.update(plan, failed, 0)
+    scheduler.check()
+    assert output.request_id == "b"
+    load = scheduler.load()
+    assert (load.num_running, load.cached_blocks, load.free_blocks) == (1, 0, 61)
+    plan, _ = step(scheduler)
+    assert (sizes(plan), plan.released) == ({"b": 1}, ("a",))
 
 
 def test_a_failed_over_request_goes_on_after_its_outputs() -> None:

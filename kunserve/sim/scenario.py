@@ -1,0 +1,179 @@
+"""A scenario: a cluster, what its clients do and what goes wrong. All of it drawn from a seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+from kunserve.core.ids import RequestId
+from kunserve.core.request import Request, SamplingParams
+from kunserve.policy.controller import ControllerConfig
+from kunserve.policy.cost_model import CostModel
+from kunserve.policy.scheduler import SchedulerConfig
+from kunserve.sim.faults import Fault, draw_faults
+from kunserve.sim.instance import SimInstanceConfig
+from kunserve.sim.timeline import MICROSECOND_NS, MILLISECOND_NS, SECOND_NS, SpanNs
+from kunserve.sim.toy_model import EOS_TOKEN_ID, POISON_TOKEN_ID, VOCAB_SIZE
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """One client. It goes away at `abort_at_ns`, or when it has `abort_after_tokens` tokens."""
+
+    request: Request
+    abort_at_ns: int | None = None
+    abort_after_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Delays:
+    """How long things take in the world."""
+
+    link: SpanNs = SpanNs(50 * MICROSECOND_NS, 3 * MILLISECOND_NS)
+    load: SpanNs = SpanNs(SECOND_NS // 2, 4 * SECOND_NS)
+    exit: SpanNs = SpanNs(100 * MICROSECOND_NS, 50 * MILLISECOND_NS)
+    """From the end of a process until the front learns of it."""
+    start_timeout_ns: int = 20 * SECOND_NS
+    """A process that loads longer is killed."""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Everything that a world needs besides its source of randomness."""
+
+    controller: ControllerConfig
+    instance: SimInstanceConfig
+    delays: Delays
+    arrivals: tuple[Arrival, ...]
+    faults: tuple[Fault, ...] = ()
+    drain_at_ns: int | None = None
+
+    @property
+    def max_request_tokens(self) -> int:
+        """Most tokens of one request: the context, or the KVCache of a whole instance."""
+        scheduler = self.instance.scheduler
+        return min(scheduler.max_model_len, self.instance.total_blocks * scheduler.block_size)
+
+
+@dataclass(frozen=True)
+class ScenarioLimits:
+    """How large and how hard a drawn scenario may be. `poison_share`: of the requests, those
+    whose rows give no token."""
+
+    max_instances: int = 4
+    max_requests: int = 24
+    max_faults: int = 5
+    arrivals_ns: int = 8 * SECOND_NS
+    poison_share: float = 0.0
+
+
+def draw_scenario(rng: Random, limits: ScenarioLimits = ScenarioLimits()) -> Scenario:
+    """A small, tight cluster: few blocks, so that requests preempt each other."""
+    instance = _draw_instance(rng)
+    controller = _draw_controller(rng, limits, instance)
+    arrivals = _draw_arrivals(rng, limits, instance)
+    faults = draw_faults(
+        rng,
+        count=rng.randint(0, limits.max_faults),
+        num_instances=controller.num_instances,
+        horizon_ns=limits.arrivals_ns + 4 * SECOND_NS,
+        heartbeat_timeout_ns=controller.heartbeat_timeout_ns,
+    )
+    drains = rng.random() < 0.25
+    drain_at_ns = rng.randint(0, 2 * limits.arrivals_ns) if drains else None
+    return Scenario(controller, instance, _draw_delays(rng), arrivals, faults, drain_at_ns)
+
+
+def _draw_delays(rng: Random) -> Delays:
+    """With a slow link, news of a process's end overtake what it said."""
+    longest_ns = rng.choice((1, 3, 100)) * MILLISECOND_NS
+    return Delays(link=SpanNs(50 * MICROSECOND_NS, longest_ns))
+
+
+def _draw_instance(rng: Random) -> SimInstanceConfig:
+    block_size = rng.choice((2, 4, 8))
+    total_blocks = rng.randint(56, 120) // block_size
+    budget = rng.choice((None, rng.randint(2, 32)))
+    scheduler = SchedulerConfig(
+        block_size=block_size,
+        max_model_len=rng.randint(48, 100),
+        eos_token_ids=(EOS_TOKEN_ID,),
+        max_num_seqs=rng.randint(1, 10),
+        max_num_batched_tokens=budget,
+        step_time_target_ns=rng.randint(10, 60) * MILLISECOND_NS,
+        watermark_fraction=rng.choice((0.0, 0.01, 0.2)),
+        enable_prefix_caching=rng.random() < 0.8,
+    )
+    cost_model = CostModel(
+        alpha_ns=rng.uniform(0, 20) * MICROSECOND_NS,
+        delta_ns=rng.uniform(0, 20) * MICROSECOND_NS,
+        beta_ns=rng.uniform(100, 2000) * MICROSECOND_NS,
+        gamma_ns=rng.uniform(5, 40) * MILLISECOND_NS,
+        head_ns=rng.uniform(0, 500) * MICROSECOND_NS,
+    )
+    return SimInstanceConfig(scheduler, cost_model, 4, total_blocks, rng.choice((1, 3, 8)))
+
+
+def _draw_controller(
+    rng: Random, limits: ScenarioLimits, instance: SimInstanceConfig
+) -> ControllerConfig:
+    return ControllerConfig(
+        num_instances=rng.randint(1, limits.max_instances),
+        num_layers=instance.num_layers,
+        block_size=instance.scheduler.block_size,
+        max_model_len=instance.scheduler.max_model_len,
+        max_num_queued_reqs=rng.choice((3, 10, 1000)),
+        heartbeat_timeout_ns=rng.randint(4, 10) * SECOND_NS,
+        restart_backoff_ns=rng.randint(100, 1000) * MILLISECOND_NS,
+        stable_ns=rng.choice((2, 60)) * SECOND_NS,
+        max_restarts=rng.randint(0, 3),
+    )
+
+
+def _draw_arrivals(
+    rng: Random, limits: ScenarioLimits, instance: SimInstanceConfig
+) -> tuple[Arrival, ...]:
+    """Some bursts and some single requests, with a few prefixes in common."""
+    prefixes = [_draw_tokens(rng, rng.randint(0, 20)) for _ in range(3)]
+    bursts = [rng.randint(0, limits.arrivals_ns) for _ in range(3)]
+    arrivals = []
+    for number in range(rng.randint(1, limits.max_requests)):
+        is_burst = rng.random() < 0.6
+        arrival_ns = rng.choice(bursts) if is_burst else rng.randint(0, limits.arrivals_ns)
+        prompt = rng.choice(prefixes) + _draw_tokens(rng, rng.randint(1, 12))
+        if rng.random() < limits.poison_share:
+            prompt = (*prompt, POISON_TOKEN_ID)
+        request = Request(
+            id=RequestId(f"r{number}"),
+            prompt_token_ids=prompt,
+            params=_draw_params(rng, instance.scheduler.max_model_len),
+            arrival_ns=arrival_ns,
+        )
+        arrivals.append(_draw_client(rng, request))
+    return tuple(sorted(arrivals, key=lambda arrival: arrival.request.arrival_ns))
+
+
+def _draw_tokens(rng: Random, count: int) -> tuple[int, ...]:
+    return tuple(rng.randrange(VOCAB_SIZE) for _ in range(count))
+
+
+def _draw_params(rng: Random, max_model_len: int) -> SamplingParams:
+    is_too_large = rng.random() < 0.04
+    max_tokens = max_model_len if is_too_large else rng.randint(1, 24)
+    return SamplingParams(
+        max_tokens=max_tokens,
+        seed=rng.getrandbits(64),
+        min_tokens=rng.choice((0, min(3, max_tokens))),
+        stop_token_ids=rng.choice(((), (1,))),
+        ignore_eos=rng.random() < 0.6,
+    )
+
+
+def _draw_client(rng: Random, request: Request) -> Arrival:
+    kind = rng.random()
+    if kind < 0.1:
+        abort_at_ns = request.arrival_ns + rng.randint(0, 3 * SECOND_NS)
+        return Arrival(request, abort_at_ns=abort_at_ns)
+    if kind < 0.2:
+        return Arrival(request, abort_after_tokens=rng.randint(1, 10))
+    return Arrival(request)

@@ -1,0 +1,438 @@
+"""The virtual-time world: many seeds with faults, and single faults by example.
+
+A failing seed is shown again by `World(draw_scenario(rng), rng).run()` with `rng = Random(seed)`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from random import Random
+
+import pytest
+
+from kunserve.core.errors import AccountingError
+from kunserve.core.events import (
+    Command,
+    DeliverTokens,
+    DrainComplete,
+    FormGroup,
+    GroupReport,
+    InstanceReady,
+    KillInstance,
+    LeaseRequest,
+    RefusalKind,
+    RefuseRequest,
+    RevokeLease,
+    StartInstance,
+)
+from kunserve.core.ids import BlockId, Epoch, GroupId, InstanceId, RequestId
+from kunserve.core.request import Request, SamplingParams
+from kunserve.core.step import Chunk, StepPlan
+from kunserve.policy.controller import SECOND_NS, Controller, ControllerConfig
+from kunserve.policy.cost_model import CostModel
+from kunserve.policy.scheduler import SchedulerConfig
+from kunserve.sim import world as world_module
+from kunserve.sim.faults import Crash, Fault, Freeze, LastWords, SlowSteps, StuckStep
+from kunserve.sim.instance import SimInstanceConfig
+from kunserve.sim.laws import FrontFacts, LawBrokenError, Laws, StreamState
+from kunserve.sim.scenario import Arrival, Delays, Scenario, ScenarioLimits, draw_scenario
+from kunserve.sim.timeline import FOREVER_NS, MILLISECOND_NS, Link, SpanNs, Timeline
+from kunserve.sim.toy_model import POISON_TOKEN_ID, ToyExecutor, reference_outputs
+from kunserve.sim.world import Outcome, World
+
+NUM_SEEDS = 500
+SEEDS_PER_TEST = 50
+ZERO, ONE = InstanceId(0), InstanceId(1)
+
+
+def run_seed(seed: int) -> tuple[World, Outcome]:
+    rng = Random(seed)
+    world = World(draw_scenario(rng), rng)
+    try:
+        return world, world.run()
+    except Exception as error:
+        error.add_note(f"seed {seed}")
+        raise
+
+
+# ---------------------------------------------------------------- many seeds
+
+
+@pytest.mark.parametrize("first_seed", range(0, NUM_SEEDS, SEEDS_PER_TEST))
+def test_the_laws_hold_for_every_seed(first_seed: int) -> None:
+    happened: Counter[str | RefusalKind] = Counter()
+    for seed in range(first_seed, first_seed + SEEDS_PER_TEST):
+        _, outcome = run_seed(seed)
+        happened.update(outcome.refused)
+        happened["finished"] += outcome.finished
+        happened["aborted"] += outcome.aborted
+        happened["failovers"] += outcome.failovers
+        happened["preemptions"] += outcome.preemptions
+        happened["killed"] += outcome.killed_instances
+        happened["crashed"] += outcome.lost_instances - outcome.killed_instances
+        happened["drained"] += outcome.is_drained
+    counted = ("finished", "aborted", "failovers", "preemptions", "killed", "crashed", "drained")
+    assert all(happened[what] for what in (*counted, *RefusalKind)), happened
+
+
+def test_a_seed_gives_one_trace_in_every_process() -> None:
+    seeds = range(7)
+    program = (
+        "from random import Random\n"
+        "from kunserve.sim.scenario import draw_scenario\n"
+        "from kunserve.sim.world import World\n"
+        f"for seed in {list(seeds)}:\n"
+        "    rng = Random(seed)\n"
+        "    world = World(draw_scenario(rng), rng)\n"
+        "    world.run()\n"
+        "    print(world.trace_hash())\n"
+    )
+    printed = [
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env=os.environ | {"PYTHONHASHSEED": hash_seed},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.split()
+        for hash_seed in ("1", "2")
+    ]
+    here = [run_seed(seed)[0].trace_hash() for seed in seeds]
+    assert printed == [here, here]
+    assert len(set(here)) == len(seeds)
+
+
+# ---------------------------------------------------------------- one fault at a time
+
+
+def make_request(number: int, max_tokens: int = 20, prompt: tuple[int, ...] = (5, 6, 7)) -> Request:
+    params = SamplingParams(max_tokens=max_tokens, seed=number, ignore_eos=True)
+    return Request(RequestId(f"r{number}"), (*prompt, number), params, arrival_ns=0)
+
+
+def make_scenario(*faults: Fault, requests: int = 4, instances: int = 2) -> Scenario:
+    """Instances load in 1 s; a decode step lasts about 25 ms, so 20 tokens half a second."""
+    return Scenario(
+        controller=ControllerConfig(
+            num_instances=instances,
+            num_layers=4,
+            block_size=4,
+            max_model_len=64,
+            max_num_queued_reqs=100,
+        ),
+        instance=SimInstanceConfig(
+            scheduler=SchedulerConfig(block_size=4, max_model_len=64),
+            cost_model=CostModel(0.0, 0.0, beta_ns=1e6, gamma_ns=20e6),
+            num_layers=4,
+            total_blocks=32,
+            blocks_per_page=4,
+        ),
+        delays=Delays(load=SpanNs(SECOND_NS, SECOND_NS)),
+        arrivals=tuple(Arrival(make_request(number)) for number in range(requests)),
+        faults=faults,
+    )
+
+
+def run(scenario: Scenario) -> tuple[World, Outcome]:
+    world = World(scenario, Random(1))
+    return world, world.run()
+
+
+def commands(world: World, kind: type[Command]) -> list[Command]:
+    return [entry for _, entry in world.trace if isinstance(entry, kind)]
+
+
+def test_without_faults_all_requests_finish_on_both_instances() -> None:
+    world, outcome = run(make_scenario())
+    assert (outcome.finished, outcome.lost_instances, outcome.failovers) == (4, 0, 0)
+    leased = Counter(command.instance for command in commands(world, LeaseRequest))
+    # Parked while both loaded, the first to get ready takes them all: nobody else is there.
+    assert leased.total() == 4
+
+
+def test_a_crash_in_the_middle_of_a_stream_moves_it_with_its_tokens() -> None:
+    world, outcome = run(make_scenario(Crash(1_200 * MILLISECOND_NS, ZERO)))
+    assert (outcome.finished, outcome.lost_instances) == (4, 1)
+    continued = [c.request for c in commands(world, LeaseRequest) if c.request.output_token_ids]
+    assert continued
+    assert all(0 < len(request.output_token_ids) < 20 for request in continued)
+
+
+def test_an_instance_that_dies_while_it_loads_is_started_again() -> None:
+    world, outcome = run(make_scenario(Crash(SECOND_NS // 2, ZERO), instances=1))
+    assert (outcome.finished, outcome.lost_instances, outcome.failovers) == (4, 1, 0)
+    assert commands(world, StartInstance) == [StartInstance(ZERO, 1)]
+
+
+def test_an_instance_that_hangs_while_it_loads_is_killed_by_its_start_deadline() -> None:
+    _, outcome = run(make_scenario(Freeze(SECOND_NS // 2, ZERO, FOREVER_NS), instances=1))
+    assert (outcome.finished, outcome.lost_instances, outcome.killed_instances) == (4, 1, 0)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [Freeze(1_200 * MILLISECOND_NS, ZERO, FOREVER_NS), StuckStep(1_200 * MILLISECOND_NS, ZERO)],
+)
+def test_a_hung_instance_is_killed_and_its_requests_go_on(fault: Fault) -> None:
+    world, outcome = run(make_scenario(fault, instances=1))
+    assert (outcome.finished, outcome.killed_instances, outcome.failovers) == (4, 1, 4)
+    (kill,) = commands(world, KillInstance)
+    assert kill.reason.startswith("no heartbeat for 10.")
+
+
+def test_a_pause_shorter_than_the_deadline_costs_nothing() -> None:
+    _, outcome = run(make_scenario(Freeze(1_200 * MILLISECOND_NS, ZERO, 9 * SECOND_NS)))
+    assert (outcome.finished, outcome.lost_instances, outcome.failovers) == (4, 0, 0)
+
+
+def test_slow_steps_that_get_on_are_not_killed() -> None:
+    # 28 ms for 4 decodes, 600 times as long: 4.2 s a layer, 17 s a step, a deadline of 10 s.
+    slow = SlowSteps(1_200 * MILLISECOND_NS, ZERO, 20 * SECOND_NS, factor=600)
+    world, outcome = run(make_scenario(slow, instances=1))
+    assert (outcome.finished, outcome.lost_instances) == (4, 0)
+    assert outcome.end_ns > 18 * SECOND_NS
+    assert not commands(world, KillInstance)
+
+
+def test_an_instance_that_dies_with_its_first_words_is_started_again() -> None:
+    """Its InstanceReady arrives after the news of its end (found by seed 14)."""
+    slow_link = Delays(
+        link=SpanNs(80 * MILLISECOND_NS, 90 * MILLISECOND_NS),
+        load=SpanNs(SECOND_NS, SECOND_NS),
+        exit=SpanNs(MILLISECOND_NS, MILLISECOND_NS),
+    )
+    scenario = replace(make_scenario(LastWords(0, ZERO, 1), instances=1), delays=slow_link)
+    for seed in range(20):  # the link draws whether the words are lost
+        world = World(scenario, Random(seed))
+        assert world.run().finished == 4
+        overtaken = [e for _, e in world.trace if e == InstanceReady(ZERO, 0, 32)]
+        if overtaken:
+            return
+    pytest.fail("the message was lost every time")
+
+
+def test_an_instance_that_keeps_dying_is_given_up_and_its_requests_are_refused() -> None:
+    crashes = [Crash(int(seconds * SECOND_NS), ZERO) for seconds in (1.2, 3.4, 6.6, 11.8)]
+    world, outcome = run(make_scenario(*crashes, instances=1))
+    assert outcome.lost_instances == 4
+    assert outcome.refused == {RefusalKind.UNAVAILABLE: 4 - outcome.finished}
+    assert [c.incarnation for c in commands(world, StartInstance)] == [1, 2, 3]
+
+
+def test_a_drain_lets_admitted_requests_end_and_refuses_new_ones() -> None:
+    late = Arrival(replace(make_request(9), arrival_ns=1_300 * MILLISECOND_NS))
+    scenario = make_scenario()
+    scenario = replace(
+        scenario, arrivals=(*scenario.arrivals, late), drain_at_ns=1_200 * MILLISECOND_NS
+    )
+    world, outcome = run(scenario)
+    assert outcome.is_drained
+    assert (outcome.finished, outcome.refused) == (4, {RefusalKind.UNAVAILABLE: 1})
+    assert world.trace.index(_last_delivery(world)) < min(
+        at for at, (_, entry) in enumerate(world.trace) if isinstance(entry, DrainComplete)
+    )
+
+
+def _last_delivery(world: World) -> tuple[int, DeliverTokens]:
+    return [entry for entry in world.trace if isinstance(entry[1], DeliverTokens)][-1]
+
+
+def test_a_full_queue_refuses() -> None:
+    scenario = make_scenario(requests=6, instances=1)
+    scenario = replace(scenario, controller=replace(scenario.controller, max_num_queued_reqs=4))
+    _, outcome = run(scenario)
+    assert (outcome.finished, outcome.refused) == (4, {RefusalKind.QUEUE_FULL: 2})
+
+
+def test_few_blocks_make_requests_preempt_each_other_without_a_trace_in_their_tokens() -> None:
+    scenario = make_scenario(requests=8, instances=1)
+    scenario = replace(scenario, instance=replace(scenario.instance, total_blocks=12))
+    _, outcome = run(scenario)
+    assert outcome.finished == 8
+    assert outcome.preemptions > 0
+
+
+def test_clients_that_go_away_leave_nothing_behind() -> None:
+    scenario = make_scenario()
+    arrivals = (
+        replace(scenario.arrivals[0], abort_at_ns=SECOND_NS // 2),  # parked
+        replace(scenario.arrivals[1], abort_at_ns=1_200 * MILLISECOND_NS),  # running
+        replace(scenario.arrivals[2], abort_after_tokens=7),  # as for a stop string
+        scenario.arrivals[3],
+    )
+    world, outcome = run(replace(scenario, arrivals=arrivals))
+    assert (outcome.finished, outcome.aborted) == (1, 3)
+    assert {c.request_id for c in commands(world, RevokeLease)} == {"r1", "r2"}
+    assert world.laws.delivered_tokens(RequestId("r2")) >= 7
+
+
+def test_a_row_without_a_token_ends_only_its_own_request() -> None:
+    scenario = make_scenario(requests=3, instances=1)
+    poison = Arrival(make_request(9, prompt=(1, POISON_TOKEN_ID)))
+    world, outcome = run(replace(scenario, arrivals=(*scenario.arrivals, poison)))
+    assert (outcome.finished, outcome.lost_instances) == (3, 0)
+    (refusal,) = commands(world, RefuseRequest)
+    assert (refusal.request_id, refusal.kind) == ("r9", RefusalKind.INVALID)
+
+
+def test_rows_without_a_token_hold_to_the_laws_for_every_seed() -> None:
+    limits = ScenarioLimits(poison_share=0.2)
+    for seed in range(40):
+        rng = Random(seed)
+        World(draw_scenario(rng, limits), rng).run()
+
+
+# ---------------------------------------------------------------- laws that can fail
+
+
+class ForgetfulController(Controller):
+    """Does not lease a request again that has begun."""
+
+    def _dispatch(self, request_id: RequestId) -> Iterator[Command]:
+        if not self._requests[request_id].outputs:
+            yield from super()._dispatch(request_id)
+
+
+class StutteringController(Controller):
+    """Delivers a token twice."""
+
+    def _on_report(self, event: GroupReport, now_ns: int) -> Iterator[Command]:
+        for command in super()._on_report(event, now_ns):
+            yield command
+            yield command
+
+
+class ImpatientController(Controller):
+    """Kills whatever works."""
+
+    def _on_report(self, event: GroupReport, now_ns: int) -> Iterator[Command]:
+        yield KillInstance(event.instance, event.incarnation, "bored")
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (ForgetfulController, "not quiet in time"),
+        (StutteringController, "was due"),
+        (ImpatientController, "makes progress"),
+    ],
+)
+def test_a_broken_controller_breaks_a_law(
+    broken: type[Controller], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(world_module, "Controller", broken)
+    with pytest.raises(LawBrokenError, match=message):
+        run(make_scenario(Crash(1_200 * MILLISECOND_NS, ZERO), instances=1))
+
+
+CALM = FrontFacts(draining=False, has_given_up=False)
+REQUEST = make_request(1, max_tokens=3)
+GROUP, EPOCH = GroupId(0), Epoch(0)
+STREAM = reference_outputs(REQUEST, ())
+LEASE = LeaseRequest(ZERO, GROUP, EPOCH, REQUEST)
+
+
+def submitted_laws() -> Laws:
+    laws = Laws(max_request_tokens=64, max_num_queued_reqs=1, eos_token_ids=(), max_losses=3)
+    laws.submitted(REQUEST)
+    return laws
+
+
+@pytest.mark.parametrize(
+    ("legal", "illegal"),
+    [
+        ([LEASE], DeliverTokens(REQUEST.id, STREAM[1:2])),
+        ([LEASE], DeliverTokens(REQUEST.id, (replace(STREAM[0], token_id=99),))),
+        ([LEASE], DeliverTokens(REQUEST.id, (replace(STREAM[0], finish=STREAM[2].finish),))),
+        ([LEASE], DeliverTokens(REQUEST.id, ())),
+        ([LEASE, DeliverTokens(REQUEST.id, STREAM)], DeliverTokens(REQUEST.id, STREAM[2:])),
+        ([], DeliverTokens(RequestId("unknown"), STREAM)),
+        ([LEASE], LEASE),
+        ([], replace(LEASE, request=replace(REQUEST, output_token_ids=(1,)))),
+        ([LEASE], RevokeLease(ONE, GroupId(1), EPOCH, REQUEST.id)),
+        ([FormGroup(ZERO, GROUP, EPOCH)], FormGroup(ONE, GROUP, EPOCH)),
+        ([], DrainComplete()),
+        *(([LEASE], RefuseRequest(REQUEST.id, kind, "because")) for kind in RefusalKind),
+    ],
+)
+def test_the_laws_object(legal: list[Command], illegal: Command) -> None:
+    laws = submitted_laws()
+    for command in legal:
+        laws.judge(command, CALM)
+    with pytest.raises(LawBrokenError):
+        laws.judge(illegal, CALM)
+
+
+def test_the_laws_count_the_queue() -> None:
+    laws = submitted_laws()
+    laws.check_queue()
+    laws.submitted(make_request(2))
+    with pytest.raises(LawBrokenError, match="2 requests wait, at most 1 may"):
+        laws.check_queue()
+    laws.started((REQUEST.id,))
+    laws.check_queue()
+
+
+def test_the_laws_accept_a_stream_that_moves() -> None:
+    laws = submitted_laws()
+    laws.judge(LEASE, CALM)
+    laws.judge(DeliverTokens(REQUEST.id, STREAM[:1]), CALM)
+    laws.instance_lost(ZERO)
+    known = replace(REQUEST, output_token_ids=(STREAM[0].token_id,))
+    laws.judge(LeaseRequest(ONE, GroupId(1), EPOCH, known), CALM)
+    laws.judge(DeliverTokens(REQUEST.id, STREAM[1:]), CALM)
+    (stream,) = laws.streams
+    assert (stream.state, stream.leases) == (StreamState.FINISHED, 2)
+
+
+# ---------------------------------------------------------------- parts
+
+
+def chunk(tokens: tuple[int, ...], context_len: int, *table: int) -> Chunk:
+    blocks = tuple(BlockId(block) for block in table)
+    return Chunk(REQUEST.id, tokens, context_len, blocks, samples=True, output_index=0)
+
+
+def sampled(executor: ToyExecutor, *chunks: Chunk) -> list[int]:
+    plans = [StepPlan(EPOCH, step, (c,), (REQUEST,)) for step, c in enumerate(chunks)]
+    results = [executor.execute(plan) for plan in plans]
+    return [token.token_id for token in results[-1].tokens]
+
+
+def test_the_toy_model_does_not_see_chunks_or_tables_but_sees_lost_kv() -> None:
+    tokens = REQUEST.prompt_token_ids
+    whole = sampled(ToyExecutor(2), chunk(tokens, 0, 0, 1))
+    assert whole == [STREAM[0].token_id]
+    split = [chunk(tokens[:3], 0, 7, 2), chunk(tokens[3:], 3, 7, 2)]
+    assert sampled(ToyExecutor(2), *split) == whole
+    overwritten = [chunk(tokens[:3], 0, 7, 2), chunk((9, 9), 0, 7), chunk(tokens[3:], 3, 7, 2)]
+    assert sampled(ToyExecutor(2), *overwritten) != whole
+    with pytest.raises(AccountingError, match="was not started"):
+        ToyExecutor(2).execute(StepPlan(EPOCH, 0, (chunk(tokens, 0, 0, 1),)))
+
+
+def test_equal_times_run_in_the_order_of_planning() -> None:
+    timeline, seen = Timeline(), []
+    for number in range(5):
+        timeline.at(10 if number % 2 else 5, lambda number=number: seen.append(number))
+    timeline.at(10, lambda: timeline.after(0, lambda: seen.append(9)))
+    for _ in range(7):
+        timeline.advance()
+    assert (seen, timeline.now_ns) == ([0, 2, 4, 1, 3, 9], 10)
+
+
+def test_a_link_delays_but_keeps_the_order_and_loses_only_an_end() -> None:
+    timeline, seen = Timeline(), []
+    link = Link(timeline, SpanNs(0, 1000), Random(3), seen.append)
+    for number in range(40):
+        timeline.at(number * 10, lambda number=number: link.send(number))
+    timeline.at(400, link.cut)
+    for _ in range(81):
+        timeline.advance()
+    assert seen == list(range(len(seen)))
+    assert 0 < len(seen) < 40
