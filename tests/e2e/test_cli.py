@@ -1,0 +1,201 @@
+"""The command line: what cannot work ends with one line that says why, and an exit code."""
+
+import json
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kunserve.cli import main
+from kunserve.version import VERSION
+from tests.support.models import build_tiny_model
+from tests.support.servers import started_command
+
+Outcome = tuple[int, str, str]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tiny")
+    build_tiny_model(directory, "llama", seed=7)
+    return directory
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Run a command in this process: (exit code, standard output, standard error)."""
+
+    def command(*arguments: object) -> Outcome:
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as ended:  # argparse
+            assert isinstance(ended.code, int)
+            code = ended.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return command
+
+
+def error_of(err: str) -> str:
+    """The one error line; before it there may be argparse's usage, and nothing else."""
+    lines = err.strip().splitlines()
+    errors = [index for index, line in enumerate(lines) if "error: " in line]
+    assert errors == [len(lines) - 1], err
+    assert len(lines) == 1 or lines[0].startswith("usage: kunserve"), err
+    assert "Traceback" not in err
+    return lines[-1]
+
+
+# ---------------------------------------------------------------- flags
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("", "COMMAND"),
+        ("cook", "cook"),
+        ("bench", "BENCH"),
+        ("serve --no-such-flag", "--no-such-flag"),
+        ("serve a b", "b"),
+        ("serve --port x", "--port"),
+        ("serve --port", "--port"),
+        ("serve --port 70000", "--port"),
+        ("serve --port -1", "--port"),
+        ("serve --instances 17", "at most 16"),
+        ("serve --instances 0", "--instances"),
+        ("serve --instances two", "--instances"),
+        ("serve --kv-cache-memory-bytes 12xyz", "'12xyz' is not a size"),
+        ("serve --kv-cache-memory-bytes 0", "is not a size"),
+        ("serve --memory-bytes 2GiB --kv-cache-memory-bytes 1GiB", "not both"),
+        ("serve --block-size 17", "--block-size"),
+        ("serve --heartbeat-timeout 0", "--heartbeat-timeout"),
+        ("serve --start-timeout inf", "--start-timeout"),
+        ("serve --shutdown-timeout nan", "--shutdown-timeout"),
+        ("serve --max-num-seqs 99999999999999999999", "--max-num-seqs"),
+        ("serve --threads-per-instance 1000000", "--threads-per-instance"),
+        ("serve --log-level loud", "--log-level"),
+        ("serve --generation-config mine", "--generation-config"),
+        ("bench engine --threads x", "x"),
+        ("bench engine --threads 0", "0"),
+        ("bench engine --threads -1", "1"),
+        ("bench engine --batch-sizes ,", ""),
+        ("bench engine --kv-cache-memory-bytes 12xyz", "'12xyz' is not a size"),
+        ("demo --num-requests many", "--num-requests"),
+    ],
+)
+def test_nonsense_is_exit_code_2_and_one_line(
+    run: Callable[..., Outcome], arguments: str, words: str
+):
+    code, out, err = run(*arguments.split())
+    assert (code, out) == (2, "")
+    assert words in error_of(err)
+
+
+def test_version(run: Callable[..., Outcome]):
+    assert run("--version") == (0, f"kunserve {VERSION}\n", "")
+
+
+@pytest.mark.parametrize("command", ["", "serve", "bench", "bench engine", "bench serve", "demo"])
+def test_help(run: Callable[..., Outcome], command: str):
+    code, out, err = run(*command.split(), "--help")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"usage: kunserve {command}".rstrip())
+
+
+# ---------------------------------------------------------------- what the flags name
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+def test_a_port_in_use(run: Callable[..., Outcome], model: Path, taken_port: int):
+    code, _, err = run("serve", model, "--port", taken_port)
+    assert code == 2
+    assert f"cannot listen on 127.0.0.1:{taken_port}" in error_of(err)
+    assert "in use" in err
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "203.0.113.1", "256.1.1.1"])
+def test_a_host_that_is_not_ours(run: Callable[..., Outcome], model: Path, host: str):
+    code, _, err = run("serve", model, "--host", host, "--port", "0")
+    assert code == 2
+    assert f"cannot listen on {host}" in error_of(err)
+
+
+def test_a_missing_model(run: Callable[..., Outcome], tmp_path: Path):
+    code, _, err = run("serve", tmp_path / "nowhere", "--port", "0")
+    assert code == 1
+    assert "nowhere" in error_of(err)
+
+
+def test_a_directory_without_a_model(run: Callable[..., Outcome], tmp_path: Path):
+    code, _, err = run("serve", tmp_path, "--port", "0")
+    assert code == 1
+    assert "config.json" in error_of(err)
+
+
+def changed_copy(model: Path, directory: Path, **changes: Any) -> Path:
+    copy = Path(shutil.copytree(model, directory / "changed"))
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    (copy / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
+    return copy
+
+
+def test_an_unsupported_architecture(run: Callable[..., Outcome], model: Path, tmp_path: Path):
+    copy = changed_copy(model, tmp_path, architectures=["GPT2LMHeadModel"])
+    code, _, err = run("serve", copy, "--port", "0")
+    assert code == 1
+    line = error_of(err)
+    for words in ("GPT2LMHeadModel", "Llama", "Qwen2", "Mistral"):
+        assert words in line
+
+
+def test_a_config_that_is_no_json(run: Callable[..., Outcome], model: Path, tmp_path: Path):
+    copy = changed_copy(model, tmp_path)
+    (copy / "config.json").write_text("{", encoding="utf-8")
+    code, _, err = run("serve", copy, "--port", "0")
+    assert code == 1
+    assert "config.json" in error_of(err)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--kv-cache-memory-bytes", "1KiB"), "too small"),
+        (("--memory-bytes", "1MiB"), "memory"),
+        (("--max-model-len", "100000"), "--max-model-len"),
+    ],
+)
+def test_memory_that_cannot_hold_the_model(
+    run: Callable[..., Outcome], model: Path, flags: tuple[str, str], words: str
+):
+    code, _, err = run("serve", model, "--port", "0", *flags)
+    assert code == 2
+    assert words in error_of(err)
+
+
+# ---------------------------------------------------------------- as a process
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (("--instances", "17"), 2, "at most 16"),
+        # More than any machine has: the instances must say so, not the kernel's OOM killer.
+        (("--kv-cache-memory-bytes", "900000GiB", "--instances", "2"), 1, "memory"),
+    ],
+)
+def test_a_start_that_fails_leaves_one_line_and_nothing_else(
+    model: Path, tmp_path: Path, flags: tuple[str, ...], code: int, words: str
+):
+    with started_command(tmp_path, ["serve", str(model), "--port", "0", *flags]) as server:
+        assert server.wait(60) == code
+        assert len(server.error_lines) == 1, server.log
+        assert words in server.error_lines[0]
