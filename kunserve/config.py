@@ -24,6 +24,11 @@ _SIZE_UNITS = {
     "gib": 1 << 30,
 }
 DEFAULT_KV_CACHE_BYTES = 1 << 30
+MAX_THREADS = 1024
+MAX_COUNT = 1 << 31
+MAX_BYTES = 1 << 50
+MAX_DURATION = 1e6
+"""Of the unit in the flag's name. Beyond these limits a flag is a mistake, not a wish."""
 
 
 def parse_size(text: str) -> int:
@@ -32,7 +37,7 @@ def parse_size(text: str) -> int:
     Raises:
         ConfigError: not a positive size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([a-zA-Z]*)\s*", text, re.ASCII)
     unit = _SIZE_UNITS.get(match.group(2).lower()) if match else None
     size = int(float(match.group(1)) * unit) if match and unit else 0
     if size <= 0:
@@ -142,19 +147,22 @@ class ServeConfig:
     )
 
     def __post_init__(self) -> None:
-        self._at_least("instances", 1)
-        self._at_least("threads_per_instance", 0)
-        self._at_least("max_num_seqs", 1)
-        self._at_least("max_num_queued_reqs", 1)
-        self._at_least("max_request_body_bytes", 1)
+        self._check_range("threads_per_instance", 0, MAX_THREADS)
+        for name in ("instances", "max_num_seqs", "max_num_queued_reqs"):
+            self._check_range(name, 1, MAX_COUNT)
         for name in ("max_model_len", "max_num_batched_tokens"):
             if getattr(self, name) is not None:
-                self._at_least(name, 1)
+                self._check_range(name, 1, MAX_COUNT)
+        for name in ("kv_cache_memory_bytes", "memory_bytes", "max_request_body_bytes"):
+            if getattr(self, name) is not None:
+                self._check_range(name, 1, MAX_BYTES)
         for name in ("step_time_target_ms", "start_timeout", "heartbeat_timeout"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{_flag_name(name)} must be positive")
-        if not self.shutdown_timeout >= 0:
-            raise ConfigError("--shutdown-timeout must not be negative")
+            if not 0 < getattr(self, name) <= MAX_DURATION:
+                raise ConfigError(f"{_flag_name(name)} must be positive, at most {MAX_DURATION:g}")
+        if not 0 <= self.shutdown_timeout <= MAX_DURATION:
+            raise ConfigError(
+                f"--shutdown-timeout must not be negative, and at most {MAX_DURATION:g}"
+            )
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port must be between 0 and 65535, got {self.port}")
         if self.block_size < 16 or self.block_size > 256 or self.block_size % 16:
@@ -167,14 +175,16 @@ class ServeConfig:
             )
         if self.kv_cache_memory_bytes is not None and self.memory_bytes is not None:
             raise ConfigError("give --kv-cache-memory-bytes or --memory-bytes, not both")
-        if any(not key for key in self.api_key):
-            raise ConfigError("--api-key must not be empty")
+        for name in ("api_key", "served_model_name"):
+            if not all(getattr(self, name)):
+                raise ConfigError(f"{_flag_name(name)} must not be empty")
 
-    def _at_least(self, name: str, low: int) -> None:
-        if getattr(self, name) < low:
-            raise ConfigError(
-                f"{_flag_name(name)} must be at least {low}, got {getattr(self, name)}"
-            )
+    def _check_range(self, name: str, low: int, high: int) -> None:
+        value = getattr(self, name)
+        if value < low:
+            raise ConfigError(f"{_flag_name(name)} must be at least {low}, got {value}")
+        if value > high:
+            raise ConfigError(f"{_flag_name(name)} must be at most {high}, got {value}")
 
     @property
     def threads(self) -> int:

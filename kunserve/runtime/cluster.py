@@ -56,6 +56,10 @@ from kunserve.worker.engine import EngineSettings
 logger = logging.getLogger("kunserve.cluster")
 
 TICK_S = 0.25
+STALL_S = 0.5
+STALL_GRACE_S = 1.0
+"""A tick this late means that this process, or the machine, stood still. Messages of that time may
+not have reached the inbox, so deadlines are looked at only after the grace (two heartbeats)."""
 STOP_GRACE_S = 3.0
 
 Sink = Callable[[DeliverTokens | RefuseRequest], None]
@@ -191,9 +195,13 @@ class Cluster:
         """Take no new requests; `drained` is set when the last one has ended."""
         self._post(DrainRequested())
 
+    def begin_stop(self) -> None:
+        """Refuse what still runs and end all instances, without waiting for it."""
+        self._post(None)
+
     def stop(self) -> None:
         """End all instances and the thread. Safe to call twice."""
-        self._post(None)
+        self.begin_stop()
         if self._thread.ident is not None:
             self._thread.join()
 
@@ -215,6 +223,7 @@ class Cluster:
                         self._start_instance(StartInstance(InstanceId(index), 0))
                     self._loop()
                 finally:
+                    self._refuse_all()
                     self._stop_instances()
         except BaseException as error:  # shown by whoever waits for this thread
             self._failure = error
@@ -228,7 +237,7 @@ class Cluster:
             self._on_view(self._view)
 
     def _refuse_all(self) -> None:
-        """The thread has ended: nobody else will answer these requests."""
+        """The thread ends: nobody else will answer these requests."""
         for request_id in tuple(self._sinks):
             sink = self._sinks.pop(request_id, None)
             if sink is not None:
@@ -244,11 +253,15 @@ class Cluster:
                     self._on_exit(self._pidfds[fd])
             self._take_messages()
             self._take_inbox()
-            if time.monotonic() >= next_tick:
-                next_tick = time.monotonic() + TICK_S
+            late_s = time.monotonic() - next_tick
+            if late_s < 0:
+                continue
+            stalled = late_s > STALL_S
+            next_tick = time.monotonic() + (STALL_GRACE_S if stalled else TICK_S)
+            if not stalled:
                 self._check_start_deadlines()
                 self._handle(ClockTicked())
-                self._publish()
+            self._publish()
 
     def _take_inbox(self) -> None:
         try:
@@ -295,6 +308,8 @@ class Cluster:
     def _handle(self, event: Event) -> None:
         for command in self._controller.handle(event, time.monotonic_ns()):
             self._perform(command)
+        if isinstance(event, DrainRequested):
+            self._publish()  # /health/ready says so at once
         if self._settings.check_accounting:
             self._controller.check()
 

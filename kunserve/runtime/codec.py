@@ -64,6 +64,8 @@ MESSAGE_TYPES: tuple[type, ...] = (
     Shutdown,
 )
 
+# msgspec lets text that is no UTF-8 and too deep nesting through as Python's own errors.
+_BAD_FIELDS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODERS: dict[bytes, msgspec.msgpack.Decoder[Any]] = {
     message_type.__name__.encode(): msgspec.msgpack.Decoder(message_type)
@@ -89,5 +91,5 @@ def decode(frames: Sequence[bytes]) -> Any:
         raise CodecError(f"unknown message type {frames[0]!r}")
     try:
         return decoder.decode(frames[1])
-    except msgspec.MsgspecError as error:
+    except (*_BAD_FIELDS, KunserveError) as error:  # the latter by a type's own checks
         raise CodecError(f"bad {frames[0].decode()} message: {error}") from error

@@ -9,6 +9,7 @@ thread runs one plan at a time. So an abort, a lease or a heartbeat never waits 
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import queue
@@ -290,6 +291,7 @@ def _serve(settings: InstanceSettings, link: InstanceSocket) -> None:
         progress("measuring step times", 1.0)
         cost_model = quick_fit(engine)
         logger.info("step cost: %s", cost_model)
+        gc.freeze()  # what lives until the end: no collection needs to look at it again
         link.send(InstanceReady(settings.instance, settings.incarnation, engine.total_blocks))
         Instance(settings, engine, cost_model, link).run()
 
@@ -297,7 +299,10 @@ def _serve(settings: InstanceSettings, link: InstanceSocket) -> None:
 def main() -> int:
     """Entry of the process: settings come as msgpack on standard input."""
     ignore_terminal_signals()
-    settings = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=InstanceSettings)
+    given = sys.stdin.buffer.read()
+    if not given:  # the front died before it wrote them
+        return 1
+    settings = msgspec.msgpack.decode(given, type=InstanceSettings)
     die_with_parent(settings.parent_pid)
     logging.basicConfig(
         level=settings.log_level.upper(),

@@ -40,6 +40,9 @@ logger = logging.getLogger("kunserve.serve")
 
 MIB = 1 << 20
 SECOND_NS = 1_000_000_000
+DRAIN_POLL_S = 0.02
+FLUSH_TIMEOUT_S = 2
+"""What open responses get at least to be sent out, once nothing more is computed for them."""
 
 
 @dataclass(frozen=True)
@@ -184,22 +187,27 @@ class Shutdown:
         """Called on the event loop."""
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._drain())
-        else:
-            logger.warning("second signal: ending now")
-            self._end()
+            return
+        logger.warning("second signal: ending now")
+        self._task.cancel()
+        self._cluster.begin_stop()  # streams still open are told so, and end
+        self._server.should_exit = True
 
     async def _drain(self) -> None:
-        logger.info("draining: no new requests; up to %.0f s for those running", self._timeout_s)
+        # Polled, not waited for in a thread: asyncio.run would join that thread at its end, and
+        # a second signal could not cut the wait short.
+        deadline_s = time.monotonic() + self._timeout_s
+        logger.info("draining: no new requests; up to %g s for those running", self._timeout_s)
         self._cluster.drain()
-        drained = await asyncio.to_thread(self._cluster.drained.wait, self._timeout_s)
-        if not drained:
+        while not self._cluster.drained.is_set() and time.monotonic() < deadline_s:
+            await asyncio.sleep(DRAIN_POLL_S)
+        if not self._cluster.drained.is_set():
             logger.warning("--shutdown-timeout has passed; aborting the requests left")
-        self._end()
-
-    def _end(self) -> None:
+            self._cluster.begin_stop()
+        # Clients that read slowly have what is left of the time.
+        left_s = int(deadline_s - time.monotonic())
+        self._server.config.timeout_graceful_shutdown = max(FLUSH_TIMEOUT_S, left_s)
         self._server.should_exit = True
-        # Streams still open learn it from the cluster's end and close by themselves.
-        self._server.force_exit = not self._cluster.drained.is_set()
 
 
 def run(config: ServeConfig) -> int:
@@ -258,7 +266,7 @@ async def _serve_http(
             app,
             log_config=None,
             access_log=config.log_level == "debug",
-            timeout_graceful_shutdown=2,
+            timeout_graceful_shutdown=FLUSH_TIMEOUT_S,
             lifespan="off",
         )
     )
@@ -267,6 +275,7 @@ async def _serve_http(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, shutdown.on_signal)
     watch = loop.create_task(_end_with_cluster(cluster, server))
+    listener.listen(server.config.backlog)  # before the line below: who reads it may connect
     host, port = listener.getsockname()[:2]
     logger.info("serving on http://%s:%d", host, port)
     await server.serve(sockets=[listener])
