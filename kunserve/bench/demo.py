@@ -25,6 +25,7 @@ from rich.text import Text
 
 from kunserve.bench.client import LoadOptions, run_load
 from kunserve.bench.report import render_table
+from kunserve.bench.server_state import process_tree_pss, read_time_counters
 from kunserve.bench.workload import ArrivalOptions, RandomLengths, RateStep, synthetic_workload
 from kunserve.core.errors import InstanceFailedError
 from kunserve.runtime.process import end_with_parent
@@ -58,12 +59,13 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="kunserve-demo-") as scratch:
         log = Path(scratch) / "server.log"
         console.print("Starting two instances of the embedded model, one thread each ...")
-        with _server(log) as base_url:
+        with _server(log) as (pid, base_url):
             console.print(_start_line(log))
             console.print(f"ready on {base_url} after {time.monotonic() - begin_s:.1f} s\n")
             for question in QUESTIONS:
                 _ask(console, base_url, question)
             failed = _short_load(console, base_url, args.num_requests, args.request_rate)
+            _show_memory(console, pid)
             console.print("Shutting down ...")
     console.print(f"Done in {time.monotonic() - begin_s:.1f} s; nothing is left running.")
     if args.svg:
@@ -72,8 +74,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _server(log: Path) -> Iterator[str]:
-    """A server on a free loopback port, ended with the block however it is left."""
+def _server(log: Path) -> Iterator[tuple[int, str]]:
+    """A server on a free loopback port: its pid and address. Ended with the block, however that
+    is left."""
     command = [sys.executable, "-m", "kunserve.cli", "serve", "--port", "0", "--instances", "2"]
     command += ["--threads-per-instance", "1", "--kv-cache-memory-bytes", "256MiB"]
     with log.open("wb") as output:
@@ -81,7 +84,7 @@ def _server(log: Path) -> Iterator[str]:
             command, stdout=output, stderr=output, preexec_fn=end_with_parent
         )
     try:
-        yield _wait_until_serving(process, log)
+        yield process.pid, _wait_until_serving(process, log)
     finally:
         process.terminate()
         try:
@@ -141,6 +144,18 @@ def _short_load(console: Console, base_url: str, num_requests: int, rate: float)
         name="demo",
     )
     model = httpx.get(f"{base_url}/v1/models", timeout=10.0).json()["data"][0]["id"]
+    before = read_time_counters(base_url)
     result = asyncio.run(run_load(base_url, model, workload, LoadOptions()))
+    after = read_time_counters(base_url)
     console.print(render_table(result))
+    if before and after:
+        share = after.since(before).overhead_share
+        console.print(f"HTTP, controller and scheduling took {share:.1%} of the step time")
     return sum(record.error is not None for record in result.records)
+
+
+def _show_memory(console: Console, pid: int) -> None:
+    """Proportional memory of the front and of each instance, which owns its weights and KV."""
+    front, *instances = (pss >> 20 for _, pss in process_tree_pss(pid))
+    shown = ", ".join(f"{pss} MiB" for pss in instances)
+    console.print(f"memory (PSS): front {front} MiB, instances {shown}")

@@ -7,7 +7,6 @@ Exit codes: 0 all requests completed, 1 a request failed, 2 bad input (one line 
 import argparse
 import asyncio
 import math
-import resource
 import signal
 import sys
 import threading
@@ -27,6 +26,7 @@ from kunserve.bench.client import (
     run_load,
 )
 from kunserve.bench.report import render_table, to_json
+from kunserve.bench.server_state import read_time_counters
 from kunserve.bench.workload import (
     ArrivalOptions,
     LengthCaps,
@@ -42,6 +42,7 @@ from kunserve.bench.workload import (
     trace_workload,
 )
 from kunserve.core.errors import KunserveError
+from kunserve.runtime.process import raise_file_limit
 
 EXIT_OK = 0
 EXIT_FAILED_REQUESTS = 1
@@ -49,7 +50,6 @@ EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
 _STDOUT = "-"
-_DESCRIPTORS_PER_RUN = 65536
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -285,11 +285,16 @@ def run(args: argparse.Namespace) -> int:
     try:
         _check_output(args)
         workload = build_workload(args)
-        _allow_descriptors()
+        raise_file_limit()
+        before = read_time_counters(args.base_url, args.api_key)
         result = asyncio.run(_measure(args, workload, _load_options(args), notes))
+        after = read_time_counters(args.base_url, args.api_key)
         document = to_json(result, detailed=args.save_detailed) if args.json else ""
         console = notes if args.json == _STDOUT else Console()
         console.print(render_table(result))
+        if before and after:
+            share = after.since(before).overhead_share
+            console.print(f"server: HTTP, controller and scheduling took {share:.1%} of step time")
         if args.json == _STDOUT:
             sys.stdout.write(document + "\n")
         elif args.json:
@@ -318,14 +323,6 @@ def _check_output(args: argparse.Namespace) -> None:
             raise BenchError(f"--json {target}: expected a file in a directory that exists")
     elif args.save_detailed and not args.json:
         raise BenchError("--save-detailed needs --json")
-
-
-def _allow_descriptors() -> None:
-    """Raise the soft limit on open files: each request under way holds a connection."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _DESCRIPTORS_PER_RUN if hard == resource.RLIM_INFINITY else hard
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 async def _measure(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import signal
 
 _PR_SET_PDEATHSIG = 1
+_MOST_FILES = 65536
 
 
 def die_with_parent(parent_pid: int) -> None:
@@ -33,3 +35,11 @@ def end_with_parent() -> None:
     """For a command that serves on behalf of its parent: SIGTERM, so that it ends its own
     children in order, when the parent's thread ends. Runs between fork and exec."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def raise_file_limit() -> None:
+    """Raise the soft limit on open files: each request under way holds a connection."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else hard
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

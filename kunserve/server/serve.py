@@ -29,6 +29,7 @@ from kunserve.policy.scheduler import SchedulerConfig
 from kunserve.runtime.cluster import Cluster, ClusterSettings
 from kunserve.runtime.model_config import load_model_spec
 from kunserve.runtime.model_source import ResolvedModel, default_cache_dir, resolve_model
+from kunserve.runtime.process import raise_file_limit
 from kunserve.runtime.stats_log import StatsLogger
 from kunserve.server.app import create_app
 from kunserve.server.cluster_engine import ClusterEngine
@@ -138,16 +139,24 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         ConfigError: the address cannot be used.
     """
-    try:
+    with _address_errors(host, port), contextlib.ExitStack() as stack:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        listener = socket.socket(family, kind, protocol)
+        listener = stack.enter_context(socket.socket(family, kind, protocol))
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+        stack.pop_all()
     return listener
+
+
+@contextlib.contextmanager
+def _address_errors(host: str, port: int) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, UnicodeError) as error:  # the latter for a name that IDNA cannot encode
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot listen on {host}:{port}: {reason}") from error
 
 
 class StartProgress:
@@ -216,6 +225,7 @@ def run(config: ServeConfig) -> int:
     Raises:
         KunserveError: the start failed; the message is one line.
     """
+    raise_file_limit()
     with contextlib.closing(bind(config.host, config.port)) as listener:
         plan = make_plan(config, logger.info)
         logger.info("%s", plan.describe())
@@ -275,8 +285,11 @@ async def _serve_http(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, shutdown.on_signal)
     watch = loop.create_task(_end_with_cluster(cluster, server))
-    listener.listen(server.config.backlog)  # before the line below: who reads it may connect
     host, port = listener.getsockname()[:2]
+    # Before the line below, whose reader may connect at once. Another server may have bound the
+    # port as well and listen already: the kernel lets both bind until one does.
+    with _address_errors(host, port):
+        listener.listen(server.config.backlog)
     logger.info("serving on http://%s:%d", host, port)
     await server.serve(sockets=[listener])
     watch.cancel()

@@ -46,7 +46,8 @@ def receive(socket: FrontSocket | InstanceSocket, count: int) -> list[Any]:
     deadline = time.monotonic() + DEADLINE_S
     while len(messages) < count:
         left_ms = int((deadline - time.monotonic()) * 1000)
-        assert left_ms > 0 and socket.socket.poll(left_ms), f"{len(messages)} of {count} came"
+        assert left_ms > 0, f"{len(messages)} of {count} came"
+        socket.socket.poll(left_ms)
         messages += socket.receive()
     assert len(messages) == count
     return messages

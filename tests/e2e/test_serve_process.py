@@ -320,7 +320,9 @@ def test_abort_storm(server: ServerProcess):
     assert after["prefix_cache_hits_total"] > before["prefix_cache_hits_total"]
     assert before["num_preemptions_total"] > 0  # memory was short indeed
     # Some left before their end, and what they left was not computed to it.
-    computed = after["instance_generation_tokens_total"] - before["instance_generation_tokens_total"]
+    computed = (
+        after["instance_generation_tokens_total"] - before["instance_generation_tokens_total"]
+    )
     assert computed < sum(body["max_tokens"] for body in bodies)
 
 

@@ -138,8 +138,9 @@ class ServerProcess:
     def wait_ready(self, instances: int) -> None:
         """Poll /metrics until `instances` of them take requests."""
         until(
-            lambda: sum(v for (n, _), v in self.metrics().items() if n == "instance_ready")
-            == instances,
+            lambda: (
+                sum(v for (n, _), v in self.metrics().items() if n == "instance_ready") == instances
+            ),
             f"{instances} instances ready",
         )
 

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kunserve.core.errors import KunserveError
 from kunserve.core.events import (
     FormGroup,
     GroupReport,
@@ -189,10 +188,9 @@ def test_garbage_is_a_codec_error_or_nothing(frames: list[bytes]):
 def test_garbage_fields(kind: type, body: bytes):
     try:
         message = decode([kind.__name__.encode(), body])
-    except CodecError as error:
-        assert isinstance(error, KunserveError)
-    else:
-        assert type(message) is kind
+    except CodecError:
+        return
+    assert type(message) is kind
 
 
 @given(messages, st.data())

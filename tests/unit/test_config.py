@@ -51,8 +51,8 @@ def test_sizes(text: str, size: int):
 
 @pytest.mark.parametrize(
     "text",
-    ["", " ", "0", "0GiB", "0.2", "12xyz", "-5MiB", "+5MiB", "MiB", "1e9", "1,5GB", "1..5GB", ".5GB",
-     "nan", "inf", "1 GiB x", "0x10", "5TiBs", "1_000", "10 %", "٣", "9" * 400, "1." + "1" * 400],
+    ["", " ", "0", "0GiB", "0.2", "12xyz", "-5MiB", "+5MiB", "MiB", "1e9", "1,5GB", "1..5GB",
+     ".5GB", "nan", "inf", "1 GiB x", "0x10", "5TiBs", "1_000", "10 %", "٣", "9" * 400, "1." + "1" * 400],
 )  # fmt: skip
 def test_no_sizes(text: str):
     with pytest.raises(ConfigError, match="is not a size; write for example 96MiB"):
@@ -67,9 +67,10 @@ def test_plain_bytes_are_exact(size: int):
 @given(st.text(max_size=12))
 def test_any_text_is_a_size_or_a_config_error(text: str):
     try:
-        assert parse_size(text) > 0
-    except ConfigError as error:
-        assert repr(text) in str(error)
+        size = parse_size(text)
+    except ConfigError:
+        return
+    assert size > 0
 
 
 # ---------------------------------------------------------------- flags
