@@ -4,15 +4,13 @@
 from __future__ import annotations
 
 import argparse
-import logging
+import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, cast
 
-from kunserve.bench import demo, engine
-from kunserve.bench import serve as bench_serve
-from kunserve.config import add_serve_arguments, config_from_args
 from kunserve.core.errors import ConfigError, KunserveError
-from kunserve.server import serve
 from kunserve.version import VERSION
 
 EXIT_FAILED = 1
@@ -20,60 +18,71 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
 
-def _serve(args: argparse.Namespace) -> int:
-    config = config_from_args(args)
-    logging.basicConfig(
-        level=config.log_level.upper(),
-        format="%(levelname)s %(asctime)s %(message)s",
-        datefmt="%m-%d %H:%M:%S",
-    )
-    for chatty in ("httpx", "httpcore", "asyncio", "urllib3"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    return serve.run(config)
+class CommandModule(Protocol):
+    """What a module that is a command offers."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Add the command's flags."""
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Do it; returns the exit code."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; each sets `run`, which takes the parsed arguments."""
+@dataclass(frozen=True)
+class Command:
+    """A command and the module that does it, loaded only when it is asked for: the front must not
+    carry what only benchmarks need (torch alone is 150 MiB)."""
+
+    words: tuple[str, ...]
+    module: str
+    help_text: str
+
+    def load(self) -> CommandModule:
+        """Import the module."""
+        return cast(CommandModule, importlib.import_module(self.module))
+
+
+COMMANDS = (
+    Command(("serve",), "kunserve.server.command", "serve a model over HTTP (OpenAI's API)"),
+    Command(("demo",), "kunserve.bench.demo", "serve the embedded model and show that it works"),
+    Command(
+        ("bench", "engine"),
+        "kunserve.bench.engine",
+        "speed of one instance beside the machine's limits",
+    ),
+    Command(
+        ("bench", "serve"),
+        "kunserve.bench.serve",
+        "replay a workload against an OpenAI endpoint",
+    ),
+)
+
+
+def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of all commands, with the flags of the one that `argv` names."""
     parser = argparse.ArgumentParser(
         prog="kunserve",
         description="An LLM server that answers memory overload by dropping replicated parameters.",
     )
     parser.add_argument("--version", action="version", version=f"kunserve {VERSION}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    serve_parser = commands.add_parser("serve", help="serve a model over HTTP (OpenAI's API)")
-    add_serve_arguments(serve_parser)
-    serve_parser.set_defaults(run=_serve)
-
-    demo_parser = commands.add_parser(
-        "demo", help="serve the embedded model and show that it works"
-    )
-    demo.add_arguments(demo_parser)
-    demo_parser.set_defaults(run=demo.run)
-
-    bench_parser = commands.add_parser("bench", help="measure")
-    benches = bench_parser.add_subparsers(dest="bench", required=True, metavar="BENCH")
-    _add_bench(benches, "engine", "speed of one instance beside the machine's limits", engine)
-    _add_bench(benches, "serve", "replay a workload against an OpenAI endpoint", bench_serve)
+    top = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    bench = top.add_parser("bench", help="measure")
+    levels = {1: top, 2: bench.add_subparsers(dest="bench", required=True, metavar="BENCH")}
+    words = tuple(word for word in argv if not word.startswith("-"))
+    for command in COMMANDS:
+        added = levels[len(command.words)].add_parser(command.words[-1], help=command.help_text)
+        if words[: len(command.words)] == command.words:
+            module = command.load()
+            module.add_arguments(added)
+            added.set_defaults(run=module.run)
     return parser
-
-
-def _add_bench(
-    benches: argparse._SubParsersAction[argparse.ArgumentParser],
-    name: str,
-    help_text: str,
-    module: object,
-) -> None:
-    parser = benches.add_parser(name, help=help_text)
-    add_arguments: Callable[[argparse.ArgumentParser], None] = module.add_arguments  # type: ignore[attr-defined]
-    add_arguments(parser)
-    parser.set_defaults(run=module.run)  # type: ignore[attr-defined]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns its exit code: 0 done, 1 failed, 2 bad usage, 130 interrupted."""
+    words = sys.argv[1:] if argv is None else argv
     try:
-        args = build_parser().parse_args(argv)
+        args = build_parser(words).parse_args(words)
         code: int = args.run(args)
         return code
     except ConfigError as error:

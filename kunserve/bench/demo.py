@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         InstanceFailedError: the server did not start; the message holds its last line.
     """
-    console = Console(record=args.svg is not None, width=100)
+    console = Console(record=args.svg is not None, width=100, highlight=False)
     console.print(Rule("kunserve demo"))
     begin_s = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="kunserve-demo-") as scratch:
@@ -115,7 +115,7 @@ def _start_line(log: Path) -> str:
 
 
 def _ask(console: Console, base_url: str, question: str) -> None:
-    """Ask by streaming; the answer is printed as it comes."""
+    """Ask by streaming; the answer is printed as it comes, or whole into a picture."""
     console.print(Text(f"> {question}", style="bold"))
     body = {
         "messages": [{"role": "user", "content": question}],
@@ -123,15 +123,20 @@ def _ask(console: Console, base_url: str, question: str) -> None:
         "temperature": 0,
         "stream": True,
     }
-    url = f"{base_url}/v1/chat/completions"
+    pieces = _stream_chat(f"{base_url}/v1/chat/completions", body)
+    for piece in ["".join(pieces)] if console.record else pieces:
+        console.print(piece, end="", markup=False)
+    console.print("\n")
+
+
+def _stream_chat(url: str, body: dict[str, object]) -> Iterator[str]:
+    """The pieces of text of one streamed answer."""
     with httpx.stream("POST", url, json=body, timeout=60.0) as response:
         response.raise_for_status()
         for line in response.iter_lines():
             if line.startswith("data: {"):
-                choices = json.loads(line[len("data: ") :])["choices"]
-                if choices:
-                    console.print(choices[0]["delta"].get("content") or "", end="", markup=False)
-    console.print("\n")
+                for choice in json.loads(line.removeprefix("data: "))["choices"]:
+                    yield choice["delta"].get("content") or ""
 
 
 def _short_load(console: Console, base_url: str, num_requests: int, rate: float) -> int:

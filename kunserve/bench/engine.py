@@ -26,8 +26,9 @@ from kunserve.policy.cost_model import CostModel
 from kunserve.policy.scheduler import Scheduler, SchedulerConfig
 from kunserve.runtime.model_config import load_model_spec
 from kunserve.runtime.model_source import default_cache_dir, resolve_model
-from kunserve.worker.engine import Engine, EngineSettings, plan_instance_memory
+from kunserve.worker.engine import Engine
 from kunserve.worker.executor import Executor
+from kunserve.worker.settings import EngineSettings, plan_instance_memory
 
 SCHEMA = "kunserve.bench.engine/1"
 _NO_COST = CostModel(alpha_ns=0.0, delta_ns=0.0, beta_ns=0.0, gamma_ns=0.0)

@@ -48,10 +48,10 @@ from kunserve.core.step import GroupLoad
 from kunserve.policy.controller import Controller, ControllerConfig
 from kunserve.policy.scheduler import SchedulerConfig
 from kunserve.runtime.codec import CodecError, LoadProgress, Shutdown, StartFailed
-from kunserve.runtime.instance import InstanceSettings
+from kunserve.runtime.settings import InstanceSettings
 from kunserve.runtime.supervisor import Supervisor
 from kunserve.runtime.transport import FrontSocket
-from kunserve.worker.engine import EngineSettings
+from kunserve.worker.settings import EngineSettings
 
 logger = logging.getLogger("kunserve.cluster")
 

@@ -16,7 +16,6 @@ import queue
 import sys
 import threading
 import time
-from dataclasses import dataclass
 
 import msgspec
 import torch
@@ -32,35 +31,22 @@ from kunserve.core.events import (
     RevokeLease,
     StepTiming,
 )
-from kunserve.core.ids import InstanceId, RequestId
+from kunserve.core.ids import RequestId
 from kunserve.core.request import TokenOutput
 from kunserve.core.step import StepPlan, StepResult
 from kunserve.policy.cost_model import CostModel
-from kunserve.policy.scheduler import Scheduler, SchedulerConfig
+from kunserve.policy.scheduler import Scheduler
 from kunserve.runtime.codec import LoadProgress, Shutdown, StartFailed
 from kunserve.runtime.process import die_with_parent, ignore_terminal_signals
-from kunserve.runtime.transport import ClientKeys, InstanceSocket
-from kunserve.worker.engine import Engine, EngineSettings
+from kunserve.runtime.settings import InstanceSettings
+from kunserve.runtime.transport import InstanceSocket
+from kunserve.worker.engine import Engine
 from kunserve.worker.executor import Executor
 from kunserve.worker.profile import quick_fit
 
 logger = logging.getLogger("kunserve.instance")
 
 HEARTBEAT_INTERVAL_MS = 500
-
-
-@dataclass(frozen=True)
-class InstanceSettings:
-    """What the front writes to a new instance's standard input."""
-
-    instance: InstanceId
-    incarnation: int
-    parent_pid: int
-    keys: ClientKeys
-    engine: EngineSettings
-    scheduler: SchedulerConfig
-    log_level: str
-    check_accounting: bool
 
 
 class ComputeThread:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import msgspec
 
 from kunserve.core.ids import InstanceId
-from kunserve.runtime.instance import InstanceSettings
+from kunserve.runtime.settings import InstanceSettings
 
 logger = logging.getLogger("kunserve.supervisor")
 

@@ -35,7 +35,7 @@ from kunserve.server.app import create_app
 from kunserve.server.cluster_engine import ClusterEngine
 from kunserve.server.settings import GenerationDefaults, ServerConfig, load_generation_defaults
 from kunserve.server.tokenizer import Tokenizer
-from kunserve.worker.engine import EngineSettings, plan_instance_memory, resolve_max_model_len
+from kunserve.worker.settings import EngineSettings, plan_instance_memory, resolve_max_model_len
 
 logger = logging.getLogger("kunserve.serve")
 

@@ -8,94 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from kunserve.core.errors import ConfigError
 from kunserve.core.ids import Epoch, SlotId
 from kunserve.core.layout import LayerRange
-from kunserve.core.model import ModelSpec
 from kunserve.device.arena import create_arena
 from kunserve.device.kernels import Kernels, create_kernels
 from kunserve.policy.blocks import BlockPool
 from kunserve.policy.cost_model import CostModel
-from kunserve.policy.pages import MemoryPlan, PageGeometry, SlotMap, plan_memory
+from kunserve.policy.pages import SlotMap
 from kunserve.policy.scheduler import Scheduler, SchedulerConfig
 from kunserve.worker.decoder import Decoder, DecoderMemory, build_rope_table
 from kunserve.worker.executor import Executor
 from kunserve.worker.memory import InstanceMemory
 from kunserve.worker.sampler import Sampler
-from kunserve.worker.slabs import part_format
+from kunserve.worker.settings import EngineSettings, plan_instance_memory
 from kunserve.worker.weights import CheckpointReader, check_checkpoint, load_part
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and how much of it is done, 0..1."""
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """What an instance computes with. Sizes in bytes; exactly one of the two memory sizes is set.
-
-    `num_slots` and `slot` place it in its partner domain (design section 3).
-    """
-
-    model_directory: str
-    spec: ModelSpec
-    threads: int
-    block_size: int
-    max_model_len: int
-    kv_cache_memory_bytes: int | None = None
-    memory_bytes: int | None = None
-    num_slots: int = 1
-    slot: int = 0
-    poison: bool = False
-
-
-def plan_instance_memory(
-    spec: ModelSpec,
-    block_size: int,
-    kv_cache_memory_bytes: int | None,
-    memory_bytes: int | None,
-) -> MemoryPlan:
-    """How the memory of a whole instance is split. Pure arithmetic: the front uses it as well.
-
-    Raises:
-        ConfigError: the memory is too small; the message says what is needed.
-    """
-    geometry = PageGeometry.fit(block_size * spec.kv_bytes_per_token_layer)
-    part_bytes = {part: part_format(spec, part).nbytes for part in spec.parts}
-    return plan_memory(
-        spec,
-        part_bytes,
-        spec.parts,
-        geometry,
-        kv_cache_memory_bytes=kv_cache_memory_bytes,
-        memory_bytes=memory_bytes,
-    )
-
-
-def resolve_max_model_len(
-    spec: ModelSpec, plan: MemoryPlan, block_size: int, wanted: int | None
-) -> int:
-    """Most tokens of a request: `wanted`, or as many as the model and the KVCache allow.
-
-    Raises:
-        ConfigError: `wanted` is more than the model's context or than the KVCache holds.
-    """
-    kv_tokens = plan.kv_blocks * block_size
-    if wanted is None:
-        return min(spec.max_position, kv_tokens)
-    if wanted > spec.max_position:
-        raise ConfigError(
-            f"--max-model-len {wanted} is more than the model's context of {spec.max_position}"
-        )
-    if wanted > kv_tokens:
-        raise ConfigError(
-            f"--max-model-len {wanted} is more than the {kv_tokens} tokens that the KVCache of an "
-            "instance holds; lower it or raise --kv-cache-memory-bytes"
-        )
-    return wanted
 
 
 class Engine:

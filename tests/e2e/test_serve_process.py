@@ -369,7 +369,7 @@ def test_a_full_queue_is_503_and_the_others_go_on(model: Path, tmp_path: Path):
 
 
 def test_sigterm_lets_streams_end(model: Path, tmp_path: Path):
-    """Two signals to a group reach the instances as well, as from Ctrl-C or a service manager."""
+    """Signals to a whole group reach the instances too (Ctrl-C, a service manager): they stay."""
     with running_server(tmp_path, model, "--instances", "2") as server:
         with StreamLoad(server.url, [LONG, LONG]) as load, httpx.Client() as other:
             load.wait_tokens(5)
@@ -383,6 +383,7 @@ def test_sigterm_lets_streams_end(model: Path, tmp_path: Path):
             assert other.get(server.url + "/health/ready").status_code == 503
             tokens = load.result()
             assert [len(each) for each in tokens] == [1500, 1500]
+            assert "was lost" not in server.log
         assert server.wait() == 0
 
 

@@ -18,7 +18,8 @@ from kunserve.policy.pages import KvPages
 from kunserve.policy.scheduler import SchedulerConfig
 from kunserve.runtime.model_config import load_model_spec
 from kunserve.runtime.model_source import default_cache_dir, resolve_model
-from kunserve.worker.engine import Engine, EngineSettings
+from kunserve.worker.engine import Engine
+from kunserve.worker.settings import EngineSettings
 
 BLOCK_SIZE = 16
 _UNUSED_COSTS = CostModel(alpha_ns=0.0, delta_ns=0.0, beta_ns=0.0, gamma_ns=0.0)

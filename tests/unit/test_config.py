@@ -52,7 +52,8 @@ def test_sizes(text: str, size: int):
 @pytest.mark.parametrize(
     "text",
     ["", " ", "0", "0GiB", "0.2", "12xyz", "-5MiB", "+5MiB", "MiB", "1e9", "1,5GB", "1..5GB",
-     ".5GB", "nan", "inf", "1 GiB x", "0x10", "5TiBs", "1_000", "10 %", "٣", "9" * 400, "1." + "1" * 400],
+     ".5GB", "nan", "inf", "1 GiB x", "0x10", "5TiBs", "1_000", "10 %", "٣", "9" * 400,
+     "1." + "1" * 400],
 )  # fmt: skip
 def test_no_sizes(text: str):
     with pytest.raises(ConfigError, match="is not a size; write for example 96MiB"):

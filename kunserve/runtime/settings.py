@@ -1,0 +1,24 @@
+"""What the front tells a new instance process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kunserve.core.ids import InstanceId
+from kunserve.policy.scheduler import SchedulerConfig
+from kunserve.runtime.transport import ClientKeys
+from kunserve.worker.settings import EngineSettings
+
+
+@dataclass(frozen=True)
+class InstanceSettings:
+    """What the front writes to a new instance's standard input."""
+
+    instance: InstanceId
+    incarnation: int
+    parent_pid: int
+    keys: ClientKeys
+    engine: EngineSettings
+    scheduler: SchedulerConfig
+    log_level: str
+    check_accounting: bool
