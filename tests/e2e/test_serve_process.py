@@ -341,7 +341,7 @@ LONG: dict[str, Any] = {"prompt": "long", "max_tokens": 1500, "temperature": 0, 
 
 def test_a_full_queue_is_503_and_the_others_go_on(model: Path, tmp_path: Path):
     flags = ["--max-num-queued-reqs", "1", "--max-num-seqs", "1"]
-    body = {**LONG, "max_tokens": 400}
+    body = LONG
     with running_server(tmp_path, model, *flags) as server:
         with StreamLoad(server.url, [body]) as running:
             running.wait_tokens(1)
@@ -350,6 +350,8 @@ def test_a_full_queue_is_503_and_the_others_go_on(model: Path, tmp_path: Path):
                     lambda: server.metrics().get(("num_requests_waiting", "0")) == 1.0,
                     "one request waits",
                 )
+                (instance,) = server.instances()
+                signal_process(instance, signal.SIGSTOP)  # so that the queue stays as it is
                 for stream in (False, True):
                     refused = httpx.post(
                         server.url + "/v1/completions", json={**body, "stream": stream}
@@ -361,6 +363,7 @@ def test_a_full_queue_is_503_and_the_others_go_on(model: Path, tmp_path: Path):
                     client.completions.create(model="tiny", prompt="x")
                 assert caught.value.status_code == 503
                 assert isinstance(caught.value, openai.InternalServerError)
+                signal_process(instance, signal.SIGCONT)
                 assert running.result() == queued.result()
         server.wait_idle()
 
