@@ -44,11 +44,11 @@ from kunserve.core.events import (
 )
 from kunserve.core.ids import InstanceId, RequestId
 from kunserve.core.request import Request
-from kunserve.core.step import GroupLoad
 from kunserve.policy.controller import Controller, ControllerConfig
 from kunserve.policy.scheduler import SchedulerConfig
 from kunserve.runtime.codec import CodecError, LoadProgress, Shutdown, StartFailed
 from kunserve.runtime.settings import InstanceSettings
+from kunserve.runtime.status import ClusterView, InstanceStatus
 from kunserve.runtime.supervisor import Supervisor
 from kunserve.runtime.transport import FrontSocket
 from kunserve.worker.settings import EngineSettings
@@ -79,30 +79,6 @@ class ClusterSettings:
     check_accounting: bool = False
 
 
-@dataclass(frozen=True)
-class InstanceView:
-    """One instance in a snapshot. Ages in seconds; see `ClusterView`."""
-
-    instance: InstanceId
-    pid: int | None
-    state: str
-    heartbeat_age_s: float
-    step_age_s: float
-    load: GroupLoad | None
-    timing: StepTiming
-
-
-@dataclass(frozen=True)
-class ClusterView:
-    """A snapshot for other threads. `cpu_ns` is the time this thread has computed."""
-
-    ready: bool
-    draining: bool
-    num_requests: int
-    instances: tuple[InstanceView, ...]
-    cpu_ns: int
-
-
 class Cluster:
     """Runs the controller and the instances. Methods may be called from any thread.
 
@@ -130,12 +106,12 @@ class Cluster:
         self._served = False
         self._failure: BaseException | None = None
         self._last_words: dict[InstanceId, str] = {}
-        self._step_ends_ns: dict[InstanceId, int] = {}
         self._start_deadlines_ns: dict[InstanceId, int] = {}
         self._all_ready = threading.Event()
         self._drained = threading.Event()
         self._ended = threading.Event()
-        self._view = ClusterView(False, False, 0, (), 0)
+        self._view = ClusterView()
+        self._stop_grace_s = STOP_GRACE_S
 
     # ------------------------------------------------------------ any thread
 
@@ -195,8 +171,13 @@ class Cluster:
         """Take no new requests; `drained` is set when the last one has ended."""
         self._post(DrainRequested())
 
-    def begin_stop(self) -> None:
-        """Refuse what still runs and end all instances, without waiting for it."""
+    def begin_stop(self, at_once: bool = False) -> None:
+        """Refuse what still runs and end all instances, without waiting for it.
+
+        Instances end by themselves, within moments; with `at_once` they are killed.
+        """
+        if at_once:
+            self._stop_grace_s = 0.0
         self._post(None)
 
     def stop(self) -> None:
@@ -223,8 +204,10 @@ class Cluster:
                         self._start_instance(StartInstance(InstanceId(index), 0))
                     self._loop()
                 finally:
-                    self._refuse_all()
-                    self._stop_instances()
+                    try:
+                        self._refuse_all()
+                    finally:
+                        self._stop_instances()
         except BaseException as error:  # shown by whoever waits for this thread
             self._failure = error
             if not isinstance(error, KunserveError):
@@ -299,8 +282,6 @@ class Cluster:
                 self._served = True
                 self._all_ready.set()
         elif isinstance(message, GroupReport | Heartbeat):
-            if isinstance(message, GroupReport):
-                self._step_ends_ns[message.instance] = time.monotonic_ns()
             self._handle(message)
         else:
             raise CodecError(f"the front does not take {type(message).__name__}")
@@ -393,7 +374,7 @@ class Cluster:
                 child.identity, Shutdown()
             ):
                 child.process.kill()
-        self._supervisor.stop_all(STOP_GRACE_S)
+        self._supervisor.stop_all(self._stop_grace_s)
 
     # ------------------------------------------------------------ snapshot
 
@@ -403,16 +384,13 @@ class Cluster:
         for record in controller.instances():
             group = controller.group_record(record.id)
             load = group.load if group else None
-            busy = load is not None and load.num_running > 0
-            step_end_ns = self._step_ends_ns.get(record.id, now_ns)
             child = self._supervisor.child(record.id)
             instances.append(
-                InstanceView(
+                InstanceStatus(
                     instance=record.id,
                     pid=child.process.pid if child else None,
                     state=record.state.value,
                     heartbeat_age_s=(now_ns - record.last_heard_ns) / 1e9,
-                    step_age_s=(now_ns - step_end_ns) / 1e9 if busy else 0.0,
                     load=load,
                     timing=group.timing if group else StepTiming(),
                 )
@@ -423,5 +401,6 @@ class Cluster:
             num_requests=controller.num_requests,
             instances=tuple(instances),
             cpu_ns=time.thread_time_ns(),
+            at_ns=now_ns,
         )
         self._on_view(self._view)

@@ -7,7 +7,7 @@ import time
 
 from kunserve.core.ids import InstanceId
 from kunserve.core.step import GroupLoad
-from kunserve.runtime.cluster import ClusterView
+from kunserve.runtime.status import ClusterView
 
 logger = logging.getLogger("kunserve.stats")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable
 
@@ -15,8 +16,9 @@ from kunserve.core.errors import (
 from kunserve.core.events import DeliverTokens, RefusalKind, RefuseRequest
 from kunserve.core.ids import RequestId
 from kunserve.core.request import Request, SamplingParams, TokenOutput
-from kunserve.runtime.cluster import Cluster, ClusterView, InstanceView
-from kunserve.server.engine import EngineStatus, InstanceStatus
+from kunserve.runtime.cluster import Cluster
+from kunserve.runtime.status import ClusterView
+from kunserve.server.engine import EngineStatus
 
 _REFUSALS: dict[RefusalKind, Callable[[str], KunserveError]] = {
     RefusalKind.INVALID: InvalidRequestError,
@@ -58,7 +60,8 @@ class ClusterEngine:
         inbox: asyncio.Queue[DeliverTokens | RefuseRequest] = asyncio.Queue()
 
         def sink(news: DeliverTokens | RefuseRequest) -> None:
-            loop.call_soon_threadsafe(inbox.put_nowait, news)
+            with contextlib.suppress(RuntimeError):  # the loop has closed: nobody listens any more
+                loop.call_soon_threadsafe(inbox.put_nowait, news)
 
         request = Request(request_id, prompt_token_ids, params, time.monotonic_ns())
         finished = False
@@ -83,25 +86,16 @@ class ClusterEngine:
             healthy=not self._cluster.ended.is_set() and self._is_healthy(view),
             draining=view.draining,
             num_requests=view.num_requests,
-            instances=tuple(_instance_status(instance) for instance in view.instances),
+            instances=view.instances,
             controller_cpu_s=view.cpu_ns / 1e9,
         )
 
     def _is_healthy(self, view: ClusterView) -> bool:
-        """Some instance serves, and none that should answer is silent."""
+        """Some instance serves, the controller goes on, and none that should answer is silent."""
         serving = [instance for instance in view.instances if instance.state == "ready"]
-        return bool(serving) and all(
-            instance.heartbeat_age_s <= self._heartbeat_timeout_s for instance in serving
+        view_age_s = (time.monotonic_ns() - view.at_ns) / 1e9
+        return (
+            bool(serving)
+            and view_age_s <= self._heartbeat_timeout_s
+            and all(instance.heartbeat_age_s <= self._heartbeat_timeout_s for instance in serving)
         )
-
-
-def _instance_status(view: InstanceView) -> InstanceStatus:
-    return InstanceStatus(
-        instance=view.instance,
-        pid=view.pid,
-        state=view.state,
-        heartbeat_age_s=view.heartbeat_age_s,
-        step_age_s=view.step_age_s,
-        load=view.load,
-        timing=view.timing,
-    )

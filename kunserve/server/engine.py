@@ -6,34 +6,18 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
-from kunserve.core.events import StepTiming
-from kunserve.core.ids import InstanceId, RequestId
+from kunserve.core.ids import RequestId
 from kunserve.core.request import SamplingParams, TokenOutput
-from kunserve.core.step import GroupLoad
+from kunserve.runtime.status import InstanceStatus
 
-
-@dataclass(frozen=True)
-class InstanceStatus:
-    """One instance as the front sees it now.
-
-    `state` is "starting", "ready", "draining" or "dead". `heartbeat_age_s` counts from the last
-    message of the instance. `step_age_s` counts from the last finished step while requests run
-    on it, and is 0.0 when it is idle.
-    """
-
-    instance: InstanceId
-    pid: int | None
-    state: str
-    heartbeat_age_s: float
-    step_age_s: float
-    load: GroupLoad | None
-    timing: StepTiming = StepTiming()
+__all__ = ["EngineClient", "EngineStatus", "InstanceStatus"]
 
 
 @dataclass(frozen=True)
 class EngineStatus:
     """`ready`: at least one instance takes requests and the front does not drain.
-    `healthy`: no instance that should answer has been silent past its deadline.
+    `healthy`: an instance serves, and neither the controller nor an instance that should answer
+    has been silent past its deadline.
     `controller_cpu_s`: what the controller's thread has computed since the start."""
 
     ready: bool

@@ -164,15 +164,20 @@ class StartProgress:
 
     def __init__(self) -> None:
         self._activities: dict[InstanceId, str] = {}
-        self._begin = time.monotonic()
+        self._begins: dict[InstanceId, float] = {}
+        self._created = time.monotonic()
 
     def __call__(self, instance: InstanceId, activity: str, fraction: float) -> None:
         """Take one report in. `fraction` is in 0..1."""
         step = f"{activity} {int(fraction * 2) * 50}%" if 0 < fraction < 1 else activity
-        if self._activities.get(instance) != step:
-            self._activities[instance] = step
-            elapsed = time.monotonic() - self._begin
-            logger.info("instance %d: %s (%.1f s)", instance, step, elapsed)
+        before = self._activities.get(instance)
+        if before == step:
+            return
+        if before == "ready":  # a restart: its time counts anew
+            self._begins[instance] = time.monotonic()
+        self._activities[instance] = step
+        elapsed_s = time.monotonic() - self._begins.get(instance, self._created)
+        logger.info("instance %d: %s (%.1f s)", instance, step, elapsed_s)
 
 
 class _QuietServer(uvicorn.Server):
@@ -199,7 +204,7 @@ class Shutdown:
             return
         logger.warning("second signal: ending now")
         self._task.cancel()
-        self._cluster.begin_stop()  # streams still open are told so, and end
+        self._cluster.begin_stop(at_once=True)  # streams still open are told so, and end
         self._server.should_exit = True
 
     async def _drain(self) -> None:
@@ -226,6 +231,8 @@ def run(config: ServeConfig) -> int:
         KunserveError: the start failed; the message is one line.
     """
     raise_file_limit()
+    # Until HTTP listens, a signal ends the start in order; then `Shutdown` takes over.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.closing(bind(config.host, config.port)) as listener:
         plan = make_plan(config, logger.info)
         logger.info("%s", plan.describe())

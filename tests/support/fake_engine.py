@@ -119,5 +119,5 @@ class FakeEngine:
 
     def status(self) -> EngineStatus:
         """See `EngineClient`."""
-        instance = InstanceStatus(InstanceId(0), 1, "ready", 0.5, 0.0, LOAD)
+        instance = InstanceStatus(InstanceId(0), 1, "ready", 0.5, LOAD)
         return EngineStatus(self.ready, self.healthy, self.draining, len(self.calls), (instance,))
