@@ -14,9 +14,10 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, PlatformError
 
-# x86-64-v3 is AVX2 and FMA, all that the kernels use. No -ffast-math: it reorders sums, and a
-# library linked with it flushes denormals in whatever thread loads it. -ffp-contract=off: the
-# compiler fuses nothing on its own.
+# x86-64-v3 is AVX2 and FMA, which every CPU must have; parts that use AVX-512 say so in the code
+# and run only where it is found. No -ffast-math: it reorders sums, and a library linked with it
+# flushes denormals in whatever thread loads it. -ffp-contract=off: the compiler fuses nothing on
+# its own.
 COMPILE_FLAGS = [
     "-O3",
     "-march=x86-64-v3",
@@ -72,7 +73,7 @@ setup(
         Extension(
             "kunserve.device.kernels._cpu",
             sources=sorted(str(path) for path in Path("csrc").glob("*.cpp")),
-            depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
+            depends=sorted(str(path) for path in Path("csrc").glob("*.[hi]*")),
             extra_compile_args=COMPILE_FLAGS,
         )
     ],

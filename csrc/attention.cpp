@@ -2,16 +2,18 @@
 //
 // The positions of a sequence are cut into partitions of 256, a function of the position alone:
 //
-//   positions   0 ......... 255 | 256 ....... 511 | 512 ... p          one query row at position p attends to 0..p
+//   positions   0 ......... 255 | 256 ....... 511 | 512 ... p     one query row at position p attends to 0..p
 //               partition 0       partition 1       partition 2
-//   each gives  (max, sum, weighted values) of its own; partials are merged in order of position, then divided.
+//   each gives  (max, sum, weighted values) of its own; merged in order of position, then divided
 //
-// Inside a partition the scores of up to 6 rows are computed in steps of 16 positions, then the maximum (exact in any
-// order), the exponentials, their sum in a fixed order of lanes, and the weighted values position after position. What
-// a row goes through is thus the same whether it is computed alone or in a tile, by one thread or by many.
+// Inside a partition the scores of up to 6 rows are computed in steps of 16 positions, then the maximum
+// (exact in any order), the exponentials, their sum in a fixed order of lanes, and the weighted values
+// position after position. What a row goes through is thus the same whether it is computed alone or in a
+// tile, by one thread or by many.
 //
-// Beyond a row's own position scores are replaced by -inf, so weights are exactly 0. K lanes of a partly filled block may
-// hold anything, NaN too: they stay in their own lanes until replaced. V is read only up to the tile's last position.
+// Beyond a row's own position scores are replaced by -inf, so weights are exactly 0. K lanes of a partly
+// filled block may hold anything, NaN too: they stay in their own lanes until replaced. V is read only up to
+// the tile's last position.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -24,21 +26,23 @@
 namespace kn {
 namespace {
 
-constexpr int kStep = 16;  // positions: two vectors of scores
+constexpr int kStep = 16;  // positions, whose scores are two vectors of AVX2 or one of AVX-512
 constexpr int kPartition = 256;
 constexpr int kSteps = kPartition / kStep;
 constexpr int kLineFloats = 64 / sizeof(float);  // of a cache line
-constexpr int kTileRows = 6;    // rows computed together: 6 x 2 sums leave registers for operands
-constexpr int kItemRows = 48;   // rows (queries x heads of a group) of one work item; they share K and V in L2
+constexpr int kTileRows = 6;   // rows computed together: 6 x 2 sums leave registers for operands
+constexpr int kMostStepsTogether = 2;
+constexpr int kItemRows = 48;  // rows (queries x heads of a group) of a work item; they share K and V
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 // The result of some positions for one row:   | max | sum | 6 unused | weighted values [head_dim] |
 struct Partial {
-    static int64_t floats(int64_t head_dim) { return kLanes + head_dim; }
+    static constexpr int64_t kHeader = 8;
+    static int64_t floats(int64_t head_dim) { return kHeader + head_dim; }
 
     float& max() const { return at[0]; }
     float& sum() const { return at[1]; }
-    float* values() const { return at + kLanes; }
+    float* values() const { return at + kHeader; }
 
     float* at;
 };
@@ -52,29 +56,6 @@ struct Queries {
 
     int64_t last_position() const { return position + count - 1; }
     int64_t partitions() const { return last_position() / kPartition + 1; }
-};
-
-struct Attention {
-    Attention(const KnLayer& layer, const float* q_, int64_t q_stride_, float* out_)
-        : cache(layer),
-          head_dim(layer.head_dim),
-          num_heads(layer.num_heads),
-          num_kv_heads(layer.num_kv_heads),
-          group(layer.num_heads / layer.num_kv_heads),
-          scale(1.0f / std::sqrt(static_cast<float>(layer.head_dim))),
-          q(q_),
-          q_stride(q_stride_),
-          out(out_) {}
-
-    const KvCache cache;
-    const int64_t head_dim;
-    const int64_t num_heads;
-    const int64_t num_kv_heads;
-    const int64_t group;  // query heads that share one KV head
-    const float scale;
-    const float* const q;
-    const int64_t q_stride;
-    float* const out;
 };
 
 // Scratch of one worker, cut from one buffer.
@@ -97,18 +78,67 @@ struct Scratch {
     float* states;    // [kItemRows] merged so far
 };
 
-// Where one partition's K and V of one head lie, step by step. Behind the last step stands what is read next, so that
-// every step can fetch its successor: blocks are scattered and no hardware prefetcher knows the next one.
+// Where one partition's K and V of one head lie, step by step. Behind the last step stands what is read next,
+// so that every step can fetch its successor: blocks are scattered and no hardware prefetcher knows the next
+// one.
 //
-//   keys    step 0 | step 1 | ... | values of step 0 | values of step 1
+//   keys    step 0 | step 1 | ... | values of step 0 | values of step 1 | ...
 //   values  step 0 | step 1 | ... | keys of the next partition's step 0
 struct PartitionView {
-    const float* keys[kSteps + 2];
+    const float* keys[kSteps + kMostStepsTogether];
     const float* values[kSteps + 1];
     int64_t steps;
     int64_t positions;  // that any row of the item attends to
     int64_t key_stride;
     int64_t head_dim;
+};
+
+}  // namespace
+
+namespace avx2 {
+namespace {
+#include "attention_tiles.inc"
+}  // namespace
+}  // namespace avx2
+
+KN_BEGIN_AVX512
+namespace avx512 {
+namespace {
+#include "attention_tiles.inc"
+}  // namespace
+}  // namespace avx512
+KN_END_AVX512
+
+namespace {
+
+using namespace avx2;  // what follows is too little work to gain from wider vectors
+
+using AttendTile = void (*)(int64_t rows, const PartitionView&, const float* queries, const int64_t* valid,
+                            float* scores, const Partial* partials);
+
+struct Attention {
+    Attention(Isa isa, const KnLayer& layer, const float* q_, int64_t q_stride_, float* out_)
+        : attend_tile(isa == Isa::kAvx512 ? avx512::attend_tile : avx2::attend_tile),
+          cache(layer),
+          head_dim(layer.head_dim),
+          num_heads(layer.num_heads),
+          num_kv_heads(layer.num_kv_heads),
+          group(layer.num_heads / layer.num_kv_heads),
+          scale(1.0f / std::sqrt(static_cast<float>(layer.head_dim))),
+          q(q_),
+          q_stride(q_stride_),
+          out(out_) {}
+
+    const AttendTile attend_tile;
+    const KvCache cache;
+    const int64_t head_dim;
+    const int64_t num_heads;
+    const int64_t num_kv_heads;
+    const int64_t group;  // query heads that share one KV head
+    const float scale;
+    const float* const q;
+    const int64_t q_stride;
+    float* const out;
 };
 
 PartitionView view_partition(const Attention& a, const Queries& queries, int64_t kv_head, int64_t partition) {
@@ -124,8 +154,9 @@ PartitionView view_partition(const Attention& a, const Queries& queries, int64_t
         view.keys[step] = a.cache.key(block, kv_head, position % a.cache.block_size);
         view.values[step] = a.cache.value(block, kv_head, position % a.cache.block_size);
     }
-    view.keys[view.steps] = view.values[0];
-    view.keys[view.steps + 1] = view.values[std::min<int64_t>(1, view.steps - 1)];
+    for (int64_t i = 0; i < kMostStepsTogether; ++i) {
+        view.keys[view.steps + i] = view.values[std::min(i, view.steps - 1)];
+    }
     const int64_t after = first + kPartition;
     view.values[view.steps] = view.values[view.steps - 1];
     if (after <= queries.last_position()) {
@@ -133,142 +164,6 @@ PartitionView view_partition(const Attention& a, const Queries& queries, int64_t
             a.cache.key(queries.block_table[after / a.cache.block_size], kv_head, after % a.cache.block_size);
     }
     return view;
-}
-
-// Scores of R rows at S steps. queries [head_dim][R], scores [R][kPartition].
-template <int R, int S>
-void score_steps(const PartitionView& view, int64_t step, const float* queries, float* scores) {
-    __m256 sum[R][2 * S];
-    KN_UNROLL
-    for (int r = 0; r < R; ++r) {
-        KN_UNROLL
-        for (int v = 0; v < 2 * S; ++v) sum[r][v] = _mm256_setzero_ps();
-    }
-    for (int64_t d = 0; d < view.head_dim; ++d) {
-        KN_UNROLL
-        for (int s = 0; s < S; ++s) prefetch(view.keys[step + S + s] + d * view.key_stride);
-        __m256 key[2 * S];
-        KN_UNROLL
-        for (int v = 0; v < 2 * S; ++v) {
-            key[v] = _mm256_loadu_ps(view.keys[step + v / 2] + d * view.key_stride + v % 2 * kLanes);
-        }
-        KN_UNROLL
-        for (int r = 0; r < R; ++r) {
-            const __m256 query = _mm256_broadcast_ss(queries + d * R + r);
-            KN_UNROLL
-            for (int v = 0; v < 2 * S; ++v) sum[r][v] = _mm256_fmadd_ps(query, key[v], sum[r][v]);
-        }
-    }
-    KN_UNROLL
-    for (int r = 0; r < R; ++r) {
-        KN_UNROLL
-        for (int v = 0; v < 2 * S; ++v) _mm256_storeu_ps(scores + r * kPartition + step * kStep + v * kLanes, sum[r][v]);
-    }
-}
-
-template <int R>
-void score_partition(const PartitionView& view, const float* queries, float* scores) {
-    // Few rows take two steps at once: more independent sums hide the latency of the multiply-adds.
-    constexpr int kTogether = R <= 3 ? 2 : 1;
-    int64_t step = 0;
-    for (; step + kTogether <= view.steps; step += kTogether) score_steps<R, kTogether>(view, step, queries, scores);
-    for (; step < view.steps; ++step) score_steps<R, 1>(view, step, queries, scores);
-}
-
-// Turns one row's scores into weights e^(score - max); the first `valid` positions count.
-void weigh_row(float* scores, int64_t steps, int64_t valid, Partial partial) {
-    std::fill(scores + valid, scores + steps * kStep, kMinusInfinity);
-    __m256 max = _mm256_set1_ps(kMinusInfinity);
-    for (int64_t i = 0; i < steps * kStep; i += kLanes) max = _mm256_max_ps(max, _mm256_loadu_ps(scores + i));
-    partial.max() = horizontal_max(max);
-    max = _mm256_set1_ps(partial.max());
-    __m256 sum[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
-    for (int64_t i = 0; i < steps * kStep; i += kStep) {
-        KN_UNROLL
-        for (int v = 0; v < 2; ++v) {
-            float* at = scores + i + v * kLanes;
-            const __m256 weight = exp8(_mm256_sub_ps(_mm256_loadu_ps(at), max));
-            _mm256_storeu_ps(at, weight);
-            sum[v] = _mm256_add_ps(sum[v], weight);
-        }
-    }
-    partial.sum() = horizontal_sum(_mm256_add_ps(sum[0], sum[1]));
-}
-
-// Adds the weighted values of one step to R rows, in C vectors from dimension d on.
-template <int R, int C>
-void add_values(const float* values, int64_t head_dim, int64_t positions, const float* weights, float* const* rows,
-                int64_t d) {
-    __m256 sum[R][C];
-    KN_UNROLL
-    for (int r = 0; r < R; ++r) {
-        KN_UNROLL
-        for (int c = 0; c < C; ++c) sum[r][c] = _mm256_loadu_ps(rows[r] + d + c * kLanes);
-    }
-    const float* value = values + d;
-    for (int64_t i = 0; i < positions; ++i) {
-        __m256 v[C];
-        KN_UNROLL
-        for (int c = 0; c < C; ++c) v[c] = _mm256_loadu_ps(value + c * kLanes);
-        KN_UNROLL
-        for (int r = 0; r < R; ++r) {
-            const __m256 weight = _mm256_broadcast_ss(weights + r * kPartition + i);
-            KN_UNROLL
-            for (int c = 0; c < C; ++c) sum[r][c] = _mm256_fmadd_ps(weight, v[c], sum[r][c]);
-        }
-        value += head_dim;
-    }
-    KN_UNROLL
-    for (int r = 0; r < R; ++r) {
-        KN_UNROLL
-        for (int c = 0; c < C; ++c) _mm256_storeu_ps(rows[r] + d + c * kLanes, sum[r][c]);
-    }
-}
-
-template <int R>
-void add_values_partition(const PartitionView& view, const float* weights, float* const* rows) {
-    constexpr int kVectors = R <= 3 ? 4 : R == 4 ? 3 : 2;  // R x kVectors sums fit the registers
-    for (int64_t step = 0; step < view.steps; ++step) {
-        const int64_t positions = std::min<int64_t>(kStep, view.positions - step * kStep);
-        const float* values = view.values[step];
-        const float* w = weights + step * kStep;
-        for (int64_t i = 0; i < kStep * view.head_dim; i += kLineFloats) prefetch(view.values[step + 1] + i);
-        int64_t d = 0;
-        for (; d + kVectors * kLanes <= view.head_dim; d += kVectors * kLanes) {
-            add_values<R, kVectors>(values, view.head_dim, positions, w, rows, d);
-        }
-        for (; d < view.head_dim; d += kLanes) add_values<R, 1>(values, view.head_dim, positions, w, rows, d);
-    }
-}
-
-// One partition for R rows; row r attends to valid[r] of its positions (0 if the row ends before it).
-template <int R>
-void attend_rows(const PartitionView& view, const float* queries, const int64_t* valid, float* scores,
-                 const Partial* partials) {
-    float* rows[R];
-    score_partition<R>(view, queries, scores);
-    for (int r = 0; r < R; ++r) {
-        rows[r] = partials[r].values();
-        std::fill_n(rows[r], view.head_dim, 0.0f);
-        if (valid[r] > 0) {
-            weigh_row(scores + r * kPartition, view.steps, valid[r], partials[r]);
-        } else {
-            std::fill_n(scores + r * kPartition, view.steps * kStep, 0.0f);
-        }
-    }
-    add_values_partition<R>(view, scores, rows);
-}
-
-void attend_tile(int64_t rows, const PartitionView& view, const float* queries, const int64_t* valid, float* scores,
-                 const Partial* partials) {
-    switch (rows) {
-        case 1: return attend_rows<1>(view, queries, valid, scores, partials);
-        case 2: return attend_rows<2>(view, queries, valid, scores, partials);
-        case 3: return attend_rows<3>(view, queries, valid, scores, partials);
-        case 4: return attend_rows<4>(view, queries, valid, scores, partials);
-        case 5: return attend_rows<5>(view, queries, valid, scores, partials);
-        default: return attend_rows<6>(view, queries, valid, scores, partials);
-    }
 }
 
 // state := state and the partial that follows it.
@@ -287,8 +182,8 @@ void merge(Partial state, Partial partial, int64_t head_dim) {
     }
 }
 
-// The rows of one work item: row r is head r % group of the KV head's group, query r / group. They are cut into tiles of
-// almost equal height:   | tile 0: rows [0, 6) | tile 1: rows [6, 12) | ... |
+// The rows of one work item: row r is head r % group of the KV head's group, query r / group. They are cut
+// into tiles of almost equal height:   | tile 0: rows [0, 6) | tile 1: rows [6, 12) | ... |
 class Item {
   public:
     Item(const Attention& attention, const Queries& queries, int64_t kv_head)
@@ -312,9 +207,11 @@ class Item {
         });
     }
 
-    // done(row, partial) for every row that reaches into the partition; partial_at(row in tile, row) says where it goes.
+    // done(row, partial) for every row that reaches into the partition; partial_at(row in tile, row) says
+    // where it goes.
     template <class PartialAt, class Done>
-    void attend(int64_t partition, const Scratch& scratch, const PartialAt& partial_at, const Done& done) const {
+    void attend(int64_t partition, const Scratch& scratch, const PartialAt& partial_at,
+                const Done& done) const {
         const PartitionView view = view_partition(a, queries_, kv_head_, partition);
         for_each_tile([&](int64_t first, int64_t height) {
             int64_t valid[kTileRows];
@@ -324,7 +221,8 @@ class Item {
                 valid[r] = std::clamp<int64_t>(position + 1 - partition * kPartition, 0, kPartition);
                 partials[r] = partial_at(r, first + r);
             }
-            attend_tile(height, view, scratch.queries + first * a.head_dim, valid, scratch.scores, partials);
+            const float* tile = scratch.queries + first * a.head_dim;
+            a.attend_tile(height, view, tile, valid, scratch.scores, partials);
             for (int64_t r = 0; r < height; ++r) {
                 if (valid[r] > 0) done(first + r, partials[r]);
             }
@@ -390,8 +288,10 @@ std::vector<Queries> cut_queries(const KnBatch& batch, int64_t group) {
     return cut;
 }
 
-// Few items with long contexts: every (item, partition) is handed out by itself, then each item is merged in order.
-void attend_split(KnContext& context, const Attention& a, const std::vector<Queries>& cut, int64_t partitions) {
+// Few items with long contexts: every (item, partition) is handed out by itself, then each item is merged in
+// order.
+void attend_split(KnContext& context, const Attention& a, const std::vector<Queries>& cut,
+                  int64_t partitions) {
     const int64_t floats = Partial::floats(a.head_dim);
     const int64_t scratch_floats = Scratch::floats(a.head_dim);
     const int64_t items = static_cast<int64_t>(cut.size()) * a.num_kv_heads;
@@ -411,8 +311,9 @@ void attend_split(KnContext& context, const Attention& a, const std::vector<Quer
             if (partition >= cut[i / a.num_kv_heads].partitions()) continue;
             const Item item = item_at(i);
             item.load_queries(scratch.queries);
-            item.attend(partition, scratch, [&](int64_t, int64_t row) { return partial_of(i, row, partition); },
-                        [](int64_t, Partial) {});
+            item.attend(
+                partition, scratch, [&](int64_t, int64_t row) { return partial_of(i, row, partition); },
+                [](int64_t, Partial) {});
         }
     });
     context.pool.parallel_for(items, 1, [&](int64_t begin, int64_t end, int) {
@@ -420,7 +321,9 @@ void attend_split(KnContext& context, const Attention& a, const std::vector<Quer
             const Item item = item_at(i);
             for (int64_t row = 0; row < item.rows(); ++row) {
                 const Partial state = partial_of(i, row, 0);
-                for (int64_t p = 1; p < item.partitions_of(row); ++p) merge(state, partial_of(i, row, p), a.head_dim);
+                for (int64_t p = 1; p < item.partitions_of(row); ++p) {
+                    merge(state, partial_of(i, row, p), a.head_dim);
+                }
                 item.write(row, state);
             }
         }
@@ -429,9 +332,9 @@ void attend_split(KnContext& context, const Attention& a, const std::vector<Quer
 
 }  // namespace
 
-void attention(KnContext& context, const KnLayer& layer, const KnBatch& batch, const float* q, int64_t q_stride,
-               float* out) {
-    const Attention a(layer, q, q_stride, out);
+void attention(KnContext& context, const KnLayer& layer, const KnBatch& batch, const float* q,
+               int64_t q_stride, float* out) {
+    const Attention a(context.isa, layer, q, q_stride, out);
     const std::vector<Queries> cut = cut_queries(batch, a.group);
     const int64_t items = static_cast<int64_t>(cut.size()) * a.num_kv_heads;
     int64_t partitions = 0;
@@ -454,8 +357,8 @@ void attention(KnContext& context, const KnLayer& layer, const KnBatch& batch, c
 
 }  // namespace kn
 
-int kn_attention(KnContext* context, const KnLayer* layer, const KnBatch* batch, const float* q, int64_t q_stride,
-                 float* out) {
+int kn_attention(KnContext* context, const KnLayer* layer, const KnBatch* batch, const float* q,
+                 int64_t q_stride, float* out) {
     kn::Lock lock(context->busy);
     return kn::or_out_of_memory([&] { kn::attention(*context, *layer, *batch, q, q_stride, out); });
 }

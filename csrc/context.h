@@ -7,6 +7,7 @@
 #include <mutex>
 #include <new>
 
+#include "isa.h"
 #include "kernels.h"
 #include "pool.h"
 
@@ -37,8 +38,9 @@ class Buffer {
 }  // namespace kn
 
 struct KnContext {
-    explicit KnContext(int threads) : pool(threads) {}
+    KnContext(int threads, kn::Isa isa_) : isa(isa_), pool(threads) {}
 
+    const kn::Isa isa;
     std::mutex busy;  // calls on one context run one after the other
     kn::Pool pool;
     kn::Buffer layer_memory;      // activations of kn_layer_forward
@@ -61,8 +63,8 @@ int or_out_of_memory(const Work& work) {
 }
 
 // The steps of a layer, for callers that hold the context's lock.
-void linear(Pool&, const float* x, int64_t m, const float* packed, int64_t n, int64_t k, const float* bias,
-            const float* residual, float* y);
+void linear(KnContext&, const float* x, int64_t m, const float* packed, int64_t n, int64_t k,
+            const float* bias, const float* residual, float* y);
 void rms_norm(Pool&, const float* x, const float* weight, int64_t rows, int64_t size, float eps, float* out);
 void silu_mul(Pool&, const float* gate_up, int64_t rows, int64_t size, float* out);
 void rope_write_kv(Pool&, const KnLayer&, const KnBatch&, float* qkv);

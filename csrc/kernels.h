@@ -41,8 +41,14 @@ struct KnBatch {
     int64_t block_table_stride;
 };
 
-KN_EXPORT int kn_cpu_supported();
-KN_EXPORT KnContext* kn_create(int threads);
+// Instruction sets. AVX2 includes FMA; AVX-512 means its parts F, DQ and VL.
+#define KN_ISA_AVX2 1
+#define KN_ISA_AVX512 2
+
+// The widest instruction set that this CPU and its operating system offer, 0 if not even AVX2.
+KN_EXPORT int kn_widest_isa();
+// Null when the threads cannot be started.
+KN_EXPORT KnContext* kn_create(int threads, int isa);
 KN_EXPORT void kn_destroy(KnContext*);
 
 KN_EXPORT void kn_pack_linear(KnContext*, const float* weight, int64_t n, int64_t k, float* packed);
@@ -55,19 +61,22 @@ KN_EXPORT int kn_embed_packed(KnContext*, const float* packed, int64_t vocab, in
 KN_EXPORT int kn_embed_rows(KnContext*, const float* table, int64_t vocab, int64_t k, const int32_t* ids,
                             int64_t num_ids, float* out);
 
-KN_EXPORT void kn_rms_norm(KnContext*, const float* x, const float* weight, int64_t rows, int64_t size, float eps,
-                           float* out);
+KN_EXPORT void kn_rms_norm(KnContext*, const float* x, const float* weight, int64_t rows, int64_t size,
+                           float eps, float* out);
 KN_EXPORT void kn_silu_mul(KnContext*, const float* gate_up, int64_t rows, int64_t size, float* out);
 KN_EXPORT void kn_exp(const float* x, int64_t count, float* out);
 
-// Rotates q and k of every row of qkv [rows][(heads + 2 * kv_heads) * head_dim] in place and writes k and v to the cache.
+// Rotates q and k of every row of qkv [rows][(heads + 2 * kv_heads) * head_dim] in place and writes k and v
+// to the cache.
 KN_EXPORT void kn_rope_write_kv(KnContext*, const KnLayer*, const KnBatch*, float* qkv);
 // out [rows][heads * head_dim]; the rows of q lie q_stride floats apart.
 // Like kn_layer_forward it returns 0, or -1 when there is no memory for its workspace.
-KN_EXPORT int kn_attention(KnContext*, const KnLayer*, const KnBatch*, const float* q, int64_t q_stride, float* out);
+KN_EXPORT int kn_attention(KnContext*, const KnLayer*, const KnBatch*, const float* q, int64_t q_stride,
+                           float* out);
 // hidden [rows][hidden_size], updated in place.
 KN_EXPORT int kn_layer_forward(KnContext*, const KnLayer*, const KnBatch*, float* hidden);
 
-// Machine limits, measured on the context's own threads. Both return the best of `passes`; NaN if memory ran out.
+// Machine limits, measured on the context's own threads. Both return the best of `passes`; NaN if memory ran
+// out.
 KN_EXPORT double kn_measure_read_gb_per_s(KnContext*, int64_t bytes, int passes);
 KN_EXPORT double kn_measure_fma_gflop_per_s(KnContext*, int passes);

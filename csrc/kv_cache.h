@@ -35,7 +35,8 @@ struct KvCache {
 
   private:
     float* block_at(int64_t block) const {
-        return reinterpret_cast<float*>(base + block * (2 * half_block * static_cast<int64_t>(sizeof(float))));
+        const int64_t block_bytes = 2 * half_block * static_cast<int64_t>(sizeof(float));
+        return reinterpret_cast<float*>(base + block * block_bytes);
     }
 };
 

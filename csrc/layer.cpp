@@ -10,6 +10,8 @@
 namespace kn {
 namespace {
 
+using namespace avx2;  // these steps are too short to gain from wider vectors
+
 // Fewer rows than this are done by the caller alone: handing them out costs more.
 constexpr int64_t kRowsPerChunk = 4;
 
@@ -19,7 +21,7 @@ inline void for_each_vector(int64_t size, const Body& body) {
     for (int64_t i = 0; i < size; i += kLanes) body(i, std::min<int64_t>(kLanes, size - i));
 }
 
-inline __m256 load(const float* from, int64_t lanes) {
+inline Vec load(const float* from, int64_t lanes) {
     return lanes == kLanes ? _mm256_loadu_ps(from) : _mm256_maskload_ps(from, first_lanes(lanes));
 }
 
@@ -50,7 +52,7 @@ void silu_mul_row(const float* gate, const float* up, int64_t size, float* out) 
     const __m256 sign = _mm256_set1_ps(-0.0f);
     for_each_vector(size, [&](int64_t i, int64_t lanes) {
         const __m256 g = load(gate + i, lanes);
-        const __m256 silu = _mm256_div_ps(g, _mm256_add_ps(one, exp8(_mm256_xor_ps(g, sign))));
+        const __m256 silu = _mm256_div_ps(g, _mm256_add_ps(one, exp(_mm256_xor_ps(g, sign))));
         store(out + i, lanes, _mm256_mul_ps(silu, load(up + i, lanes)));
     });
 }
@@ -86,7 +88,8 @@ void rope_write_row(const KnLayer& layer, const KvCache& cache, int64_t position
 
 }  // namespace
 
-void rms_norm(Pool& pool, const float* x, const float* weight, int64_t rows, int64_t size, float eps, float* out) {
+void rms_norm(Pool& pool, const float* x, const float* weight, int64_t rows, int64_t size, float eps,
+              float* out) {
     pool.parallel_for(rows, kRowsPerChunk, [&](int64_t begin, int64_t end, int) {
         for (int64_t row = begin; row < end; ++row) {
             rms_norm_row(x + row * size, weight, size, eps, out + row * size);
@@ -129,7 +132,7 @@ void layer_forward(KnContext& context, const KnLayer& layer, const KnBatch& batc
     const int64_t inter = layer.intermediate_size;
 
     // | normed [hidden] | attended [q] | qkv [q + 2 kv]          |   first half of the layer
-    // | normed [hidden] |  gate_up [2 * inter] | activated [inter] |   second half; qkv and attended are dead by then
+    // | normed [hidden] |  gate_up [2 * inter] | activated [inter] |   second half; qkv and attended are dead
     const int64_t tail = std::max(q_size + qkv_size, 3 * inter);
     float* normed = context.layer_memory.at_least(rows * (hidden_size + tail));
     float* attended = normed + rows * hidden_size;
@@ -138,29 +141,32 @@ void layer_forward(KnContext& context, const KnLayer& layer, const KnBatch& batc
     float* activated = gate_up + rows * 2 * inter;
 
     rms_norm(pool, hidden, layer.input_norm, rows, hidden_size, layer.rms_norm_eps, normed);
-    linear(pool, normed, rows, layer.qkv, qkv_size, hidden_size, layer.qkv_bias, nullptr, qkv);
+    linear(context, normed, rows, layer.qkv, qkv_size, hidden_size, layer.qkv_bias, nullptr, qkv);
     rope_write_kv(pool, layer, batch, qkv);
     attention(context, layer, batch, qkv, qkv_size, attended);
-    linear(pool, attended, rows, layer.o, hidden_size, q_size, nullptr, hidden, hidden);
+    linear(context, attended, rows, layer.o, hidden_size, q_size, nullptr, hidden, hidden);
 
     rms_norm(pool, hidden, layer.post_norm, rows, hidden_size, layer.rms_norm_eps, normed);
-    linear(pool, normed, rows, layer.gate_up, 2 * inter, hidden_size, nullptr, nullptr, gate_up);
+    linear(context, normed, rows, layer.gate_up, 2 * inter, hidden_size, nullptr, nullptr, gate_up);
     silu_mul(pool, gate_up, rows, inter, activated);
-    linear(pool, activated, rows, layer.down, hidden_size, inter, nullptr, hidden, hidden);
+    linear(context, activated, rows, layer.down, hidden_size, inter, nullptr, hidden, hidden);
 }
 
 }  // namespace
 }  // namespace kn
 
 // Compiled for any x86-64, so that it can be asked before anything else of this library runs.
-__attribute__((target("arch=x86-64"))) int kn_cpu_supported() {
+__attribute__((target("arch=x86-64"))) int kn_widest_isa() {
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vl");
+    return avx512 ? KN_ISA_AVX512 : KN_ISA_AVX2;
 }
 
-KnContext* kn_create(int threads) {
+KnContext* kn_create(int threads, int isa) {
     try {
-        return new KnContext(threads);
+        return new KnContext(threads, static_cast<kn::Isa>(isa));
     } catch (...) {  // no exception may cross the C interface; the caller reports a null context
         return nullptr;
     }
@@ -168,8 +174,8 @@ KnContext* kn_create(int threads) {
 
 void kn_destroy(KnContext* context) { delete context; }
 
-void kn_rms_norm(KnContext* context, const float* x, const float* weight, int64_t rows, int64_t size, float eps,
-                 float* out) {
+void kn_rms_norm(KnContext* context, const float* x, const float* weight, int64_t rows, int64_t size,
+                 float eps, float* out) {
     kn::Lock lock(context->busy);
     kn::rms_norm(context->pool, x, weight, rows, size, eps, out);
 }
@@ -181,7 +187,7 @@ void kn_silu_mul(KnContext* context, const float* gate_up, int64_t rows, int64_t
 
 void kn_exp(const float* x, int64_t count, float* out) {
     kn::for_each_vector(count, [=](int64_t i, int64_t lanes) {
-        kn::store(out + i, lanes, kn::exp8(kn::load(x + i, lanes)));
+        kn::store(out + i, lanes, kn::exp(kn::load(x + i, lanes)));
     });
 }
 

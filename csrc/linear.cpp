@@ -4,8 +4,8 @@
 //
 //   [panel 0: k=0: W[0..24)[0] | k=1: W[0..24)[1] | ...][panel 1: W[24..48) ...]
 //
-// Each output is one lane that is summed over k in order, whatever the number of rows, threads or panels: this makes a
-// row's result independent of the batch. Residual and bias come after the sum.
+// Each output is one lane that is summed over k in order, whatever the number of rows, threads or panels:
+// this makes a row's result independent of the batch. Residual and bias come after the sum.
 #include <algorithm>
 #include <cstring>
 
@@ -15,13 +15,14 @@
 namespace kn {
 namespace {
 
-constexpr int kPanel = 24;  // columns of a panel: three vectors
-constexpr int kVectors = kPanel / kLanes;
-constexpr int kTileRows = 4;                 // 4 x 3 sums + 3 weights + 1 input fill the 16 registers
-constexpr int64_t kRowBlockBytes = 1 << 20;  // input rows that stay in L2 while all panels pass
+constexpr int kPanel = 24;                   // columns of a panel
+constexpr int64_t kRowBlockBytes = 2 << 20;  // input and output rows that stay in L2 while all panels pass
+constexpr int64_t kLeastBlockRows = 96;      // fewer would read the weights too often
 constexpr int64_t kMostPartRows = 64;        // more rows than this take all of k at once
 constexpr int kPrefetchStep = 4;             // k steps between prefetches: 4 * 96 bytes are 6 cache lines
-constexpr int kLinesPerStep = kPrefetchStep * kPanel * 4 / 64;
+constexpr int kLineBytes = 64;
+constexpr int64_t kMostChunk = 8;  // strips; a thread that lost its core holds up the others with one chunk
+constexpr int kLinesPerStep = kPrefetchStep * kPanel * 4 / kLineBytes;
 
 int64_t num_panels(int64_t n) { return (n + kPanel - 1) / kPanel; }
 
@@ -36,10 +37,10 @@ struct Problem {
     float* y;
 };
 
-// One tile's share of the weights that are needed next: some cache lines after every few k steps, so that memory is read
-// while the tile computes from cache.
+// One tile's share of the weights that are needed next: some cache lines of every panel after every few k
+// steps, so that memory is read while the tile computes from cache.
 struct Prefetch {
-    const char* from;
+    const char* from;  // in the first panel of the strip
     int lines_per_step;
 };
 
@@ -49,138 +50,122 @@ struct Part {
     int64_t k_end;
 };
 
-template <int R>
-void store_tile(const Problem& p, __m256 (&sum)[R][kVectors], int64_t row, int64_t column) {
-    const int64_t columns = std::min<int64_t>(kPanel, p.n - column);
-    KN_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-        // Full vectors take the plain path: masked stores are slow on some CPUs.
-        const int64_t lanes = columns - v * kLanes;
-        if (lanes <= 0) return;
-        const bool full = lanes >= kLanes;
-        const __m256i mask = first_lanes(lanes);
-        const auto load = [&](const float* from) {
-            return full ? _mm256_loadu_ps(from) : _mm256_maskload_ps(from, mask);
-        };
-        const int64_t first = column + v * kLanes;
-        const __m256 bias = p.bias ? load(p.bias + first) : _mm256_setzero_ps();
-        KN_UNROLL
-        for (int r = 0; r < R; ++r) {
-            const int64_t at = (row + r) * p.n + first;
-            __m256 value = sum[r][v];
-            if (p.bias) value = _mm256_add_ps(value, bias);
-            if (p.residual) value = _mm256_add_ps(value, load(p.residual + at));
-            if (full) {
-                _mm256_storeu_ps(p.y + at, value);
-            } else {
-                _mm256_maskstore_ps(p.y + at, mask, value);
-            }
-        }
-    }
+}  // namespace
+
+namespace avx2 {
+namespace {
+
+// Vector v of a strip's weights at some k: `weights` are those of its first panel.
+KN_INLINE Vec load_weights(const float* weights, int64_t panel_floats, int v) {
+    return load(weights + v * kLanes / kPanel * panel_floats + v * kLanes % kPanel);
 }
 
-template <int R>
-inline __attribute__((always_inline)) void add_products(__m256 (&sum)[R][kVectors], const float* weights,
-                                                        const float* x, int64_t k) {
-    __m256 w[kVectors];
-    KN_UNROLL
-    for (int v = 0; v < kVectors; ++v) w[v] = _mm256_loadu_ps(weights + v * kLanes);
-    KN_UNROLL
-    for (int r = 0; r < R; ++r) {
-        const __m256 in = _mm256_broadcast_ss(x + r * k);
-        KN_UNROLL
-        for (int v = 0; v < kVectors; ++v) sum[r][v] = _mm256_fmadd_ps(in, w[v], sum[r][v]);
-    }
+#include "linear_tiles.inc"
+
+}  // namespace
+}  // namespace avx2
+
+KN_BEGIN_AVX512
+namespace avx512 {
+namespace {
+
+//   panel A  | 0..15 | 16..23 |
+//   panel B           | 0..7 | 8..23 |      the middle one of three vectors has lanes of both
+KN_INLINE Vec load_weights(const float* weights, int64_t panel_floats, int v) {
+    const float* panel = weights + v * kLanes / kPanel * panel_floats;
+    const int column = v * kLanes % kPanel;
+    if (column + kLanes <= kPanel) return load(panel + column);
+    const Vec low = _mm512_castps256_ps512(avx2::load(panel + column));
+    return _mm512_insertf32x8(low, avx2::load(panel + panel_floats), 1);
 }
 
-template <int R>
-void compute_tile(const Problem& p, int64_t row, int64_t panel, const Part& part, float* sums, Prefetch next) {
-    const float* weights = p.packed + panel * p.k * kPanel;
-    const float* x = p.x + row * p.k;
-    __m256 sum[R][kVectors];
-    KN_UNROLL
-    for (int r = 0; r < R; ++r) {
-        KN_UNROLL
-        for (int v = 0; v < kVectors; ++v) {
-            sum[r][v] = part.k_begin == 0 ? _mm256_setzero_ps() : _mm256_loadu_ps(sums + r * kPanel + v * kLanes);
-        }
-    }
-    int64_t k = part.k_begin;
-    for (; k + kPrefetchStep <= part.k_end; k += kPrefetchStep) {
-        for (int line = 0; line < next.lines_per_step; ++line) {
-            _mm_prefetch(next.from, _MM_HINT_T1);
-            next.from += 64;
-        }
-        KN_UNROLL
-        for (int i = 0; i < kPrefetchStep; ++i) add_products<R>(sum, weights + (k + i) * kPanel, x + k + i, p.k);
-    }
-    for (; k < part.k_end; ++k) add_products<R>(sum, weights + k * kPanel, x + k, p.k);
-    if (part.k_end == p.k) {
-        store_tile<R>(p, sum, row, panel * kPanel);
-        return;
-    }
-    KN_UNROLL
-    for (int r = 0; r < R; ++r) {
-        KN_UNROLL
-        for (int v = 0; v < kVectors; ++v) _mm256_storeu_ps(sums + r * kPanel + v * kLanes, sum[r][v]);
-    }
+#include "linear_tiles.inc"
+
+}  // namespace
+}  // namespace avx512
+KN_END_AVX512
+
+namespace {
+
+// Tiles of one size: `compute` does 1 to `rows` rows of a strip of `panels` adjacent panels.
+struct Tiling {
+    int panels;
+    int rows;
+    void (*compute)(const Problem&, int64_t row, int64_t rows, int64_t panel, const Part&, float* sums,
+                    Prefetch);
+};
+
+// The sums of a tile fill the registers. Adjacent panels are also streams of memory of their own, and more
+// streams read faster, because the hardware fetches ahead in each of them (measured: 2 give +15 %, 4 some 20
+// %). Many rows are bound by computing and do better with more rows and fewer columns: that takes fewer
+// loads.
+constexpr int kMostPanels = 4;
+constexpr int64_t kFewRows = 32;
+constexpr Tiling kAvx2One{1, 4, avx2::compute_rows<4, 1>};
+constexpr Tiling kAvx2Two{2, 2, avx2::compute_rows<2, 2>};
+constexpr Tiling kAvx512Two{2, 8, avx512::compute_rows<8, 2>};
+constexpr Tiling kAvx512Four{4, 4, avx512::compute_rows<4, 4>};
+
+const Tiling& tiling_for(Isa isa, int64_t rows) {
+    if (isa == Isa::kAvx512) return rows <= kFewRows ? kAvx512Four : kAvx512Two;
+    return rows <= kAvx2Two.rows ? kAvx2Two : kAvx2One;
 }
 
-void compute_rows(const Problem& p, int64_t row, int64_t rows, int64_t panel, const Part& part, float* sums,
-                  Prefetch next) {
-    switch (rows) {
-        case 1: return compute_tile<1>(p, row, panel, part, sums, next);
-        case 2: return compute_tile<2>(p, row, panel, part, sums, next);
-        case 3: return compute_tile<3>(p, row, panel, part, sums, next);
-        default: return compute_tile<4>(p, row, panel, part, sums, next);
-    }
-}
+// The part of k that all tiles go through before the next one. While they work on one part the next is
+// fetched, which lets few rows overlap memory with computing; the more rows, the more it costs to put sums
+// aside, and many rows are bound by computing anyway.
+int64_t part_length(int64_t rows, int64_t k) { return rows <= 16 ? 32 : rows <= kMostPartRows ? 64 : k; }
 
-// The part of k that all tiles go through before the next one. While they work on one part the next is fetched, which
-// lets few rows overlap memory with computing (measured: +10 to 25 % from 2 to 32 rows); the more rows, the more it
-// costs to put sums aside, and many rows are bound by computing anyway.
-int64_t part_length(int64_t rows, int64_t k) { return rows <= 16 ? 32 : rows <= kMostPartRows ? 96 : k; }
-
-// Rows [begin, end) of one panel, in tiles of almost equal height. Panels are contiguous: behind the last part of one
-// lies the first part of the next.
-void compute_panel(const Problem& p, int64_t begin, int64_t end, int64_t panel, bool prefetch_next) {
+// Rows [begin, end) of the panels of one strip, in tiles of almost equal height.
+void compute_strip(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end, int64_t panel,
+                   bool prefetch_next) {
     const int64_t rows = end - begin;
-    const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+    const int64_t tiles = (rows + tiling.rows - 1) / tiling.rows;
     const int64_t part_k = part_length(rows, p.k);
     const int lines = static_cast<int>((kLinesPerStep + tiles - 1) / tiles);
-    float sums[kMostPartRows * kPanel];  // they wait here for the next part of k
+    alignas(kLineBytes) float sums[kMostPartRows * kMostPanels * kPanel];  // waiting for the next part of k
     for (int64_t k = 0; k < p.k; k += part_k) {
         const Part part{k, std::min(p.k, k + part_k)};
+        const bool last = part.k_end == p.k;
+        const int64_t next_k = last ? (panel + tiling.panels) * p.k : panel * p.k + part.k_end;
+        const char* next = reinterpret_cast<const char*>(p.packed + next_k * kPanel);
         const int64_t part_bytes = (part.k_end - k) * kPanel * static_cast<int64_t>(sizeof(float));
-        const char* next = reinterpret_cast<const char*>(p.packed + (panel * p.k + part.k_end) * kPanel);
-        const int64_t tile_bytes = lines * 64 * ((part.k_end - k) / kPrefetchStep);
+        const int64_t tile_bytes = lines * kLineBytes * ((part.k_end - k) / kPrefetchStep);
         for (int64_t tile = 0; tile < tiles; ++tile) {
             const int64_t first = rows * tile / tiles;
-            const bool fetch = (prefetch_next || part.k_end < p.k) && tile * tile_bytes < part_bytes;
-            float* waiting = part_k < p.k ? sums + first * kPanel : nullptr;
-            compute_rows(p, begin + first, rows * (tile + 1) / tiles - first, panel, part, waiting,
-                         {next + tile * tile_bytes, fetch ? lines : 0});
+            const bool fetch = (prefetch_next || !last) && tile * tile_bytes < part_bytes;
+            float* waiting = part_k < p.k ? sums + first * tiling.panels * kPanel : nullptr;
+            tiling.compute(p, begin + first, rows * (tile + 1) / tiles - first, panel, part, waiting,
+                           {next + tile * tile_bytes, fetch ? lines : 0});
         }
     }
 }
 
 }  // namespace
 
-void linear(Pool& pool, const float* x, int64_t m, const float* packed, int64_t n, int64_t k, const float* bias,
-            const float* residual, float* y) {
+void linear(KnContext& context, const float* x, int64_t m, const float* packed, int64_t n, int64_t k,
+            const float* bias, const float* residual, float* y) {
     const Problem p{x, m, packed, n, k, bias, residual, y};
-    const int64_t panels = num_panels(n);
-    const int64_t most_rows = std::max<int64_t>(64, kRowBlockBytes / (k * 4) / kTileRows * kTileRows);
+    const int64_t most_rows = std::max(kLeastBlockRows, kRowBlockBytes / ((k + n) * 4) / 8 * 8);
     const int64_t row_blocks = (m + most_rows - 1) / most_rows;
-    // Items in order: all panels of row block 0, all panels of row block 1, ... Chunks are small enough to balance and
-    // long enough that a thread mostly finds the next panel already fetched by itself.
-    const int64_t chunk = std::max<int64_t>(1, panels / (pool.threads() * 4));
-    pool.parallel_for(row_blocks * panels, chunk, [&](int64_t begin, int64_t end, int) {
+    const Tiling& tiling = tiling_for(context.isa, (m + row_blocks - 1) / std::max<int64_t>(row_blocks, 1));
+    const int64_t panels = num_panels(n);
+    const int64_t strips = (panels + tiling.panels - 1) / tiling.panels;
+    // Items in order: all strips of row block 0, all strips of row block 1, ... Chunks are small enough to
+    // balance and long enough that a thread mostly finds the next strip already fetched by itself.
+    const int64_t chunk = std::clamp<int64_t>(strips / (context.pool.threads() * 4), 1, kMostChunk);
+    context.pool.parallel_for(row_blocks * strips, chunk, [&](int64_t begin, int64_t end, int) {
         for (int64_t item = begin; item < end; ++item) {
-            const int64_t block = item / panels;
-            const int64_t panel = item % panels;
-            compute_panel(p, m * block / row_blocks, m * (block + 1) / row_blocks, panel,
-                          item + 1 < end && panel + 1 < panels);
+            const int64_t block = item / strips;
+            const int64_t first_row = m * block / row_blocks;
+            const int64_t last_row = m * (block + 1) / row_blocks;
+            int64_t panel = item % strips * tiling.panels;
+            if (panel + tiling.panels <= panels) {
+                const bool whole_next = panel + 2 * tiling.panels <= panels;
+                compute_strip(p, tiling, first_row, last_row, panel, item + 1 < end && whole_next);
+            } else {
+                for (; panel < panels; ++panel) compute_strip(p, kAvx2One, first_row, last_row, panel, false);
+            }
         }
     });
 }
@@ -235,27 +220,35 @@ void pack_panel(const float* weight, int64_t rows, int64_t k_size, float* panel)
     if (rows < kPanel) std::memset(panel, 0, sizeof(float) * k_size * kPanel);
     for_each_part(
         rows, k_size,
-        [&](int64_t row, int64_t k) { transpose_square(weight + row * k_size + k, k_size, panel + k * kPanel + row, kPanel); },
+        [&](int64_t row, int64_t k) {
+            transpose_square(weight + row * k_size + k, k_size, panel + k * kPanel + row, kPanel);
+        },
         [&](int64_t row, int64_t k) { panel[k * kPanel + row] = weight[row * k_size + k]; });
 }
 
 void unpack_panel(const float* panel, int64_t rows, int64_t k_size, float* weight) {
     for_each_part(
         rows, k_size,
-        [&](int64_t row, int64_t k) { transpose_square(panel + k * kPanel + row, kPanel, weight + row * k_size + k, k_size); },
+        [&](int64_t row, int64_t k) {
+            transpose_square(panel + k * kPanel + row, kPanel, weight + row * k_size + k, k_size);
+        },
         [&](int64_t row, int64_t k) { weight[row * k_size + k] = panel[k * kPanel + row]; });
 }
 
 template <class PanelBody>
 void for_each_panel(Pool& pool, int64_t n, const PanelBody& body) {
     pool.parallel_for(num_panels(n), 1, [&](int64_t begin, int64_t end, int) {
-        for (int64_t panel = begin; panel < end; ++panel) body(panel, std::min<int64_t>(kPanel, n - panel * kPanel));
+        for (int64_t panel = begin; panel < end; ++panel) {
+            body(panel, std::min<int64_t>(kPanel, n - panel * kPanel));
+        }
     });
 }
 
-// Calls copy(id, out row) for every token; -1 if one lies outside the vocabulary, and then nothing is written.
+// Calls copy(id, out row) for every token; -1 if one lies outside the vocabulary, and then nothing is
+// written.
 template <class Copy>
-int embed(Pool& pool, int64_t vocab, int64_t k, const int32_t* ids, int64_t num_ids, float* out, const Copy& copy) {
+int embed(Pool& pool, int64_t vocab, int64_t k, const int32_t* ids, int64_t num_ids, float* out,
+          const Copy& copy) {
     if (!std::all_of(ids, ids + num_ids, [vocab](int32_t id) { return id >= 0 && id < vocab; })) return -1;
     pool.parallel_for(num_ids, 4, [&](int64_t begin, int64_t end, int) {
         for (int64_t i = begin; i < end; ++i) copy(int64_t{ids[i]}, out + i * k);
@@ -269,7 +262,7 @@ int embed(Pool& pool, int64_t vocab, int64_t k, const int32_t* ids, int64_t num_
 void kn_linear(KnContext* context, const float* x, int64_t m, const float* packed, int64_t n, int64_t k,
                const float* bias, const float* residual, float* y) {
     kn::Lock lock(context->busy);
-    kn::linear(context->pool, x, m, packed, n, k, bias, residual, y);
+    kn::linear(*context, x, m, packed, n, k, bias, residual, y);
 }
 
 void kn_pack_linear(KnContext* context, const float* weight, int64_t n, int64_t k, float* packed) {

@@ -15,12 +15,13 @@ namespace kn {
 namespace {
 
 // The gate of the current job:   bit 31 open | bit 30 the caller sleeps | bits 0..29 workers inside
-// A worker that wakes too late finds the gate closed, so the caller never waits for a thread that did not start.
+// A worker that wakes too late finds the gate closed: the caller never waits for a thread that did not start.
 constexpr uint32_t kOpen = 1u << 31;
 constexpr uint32_t kCallerSleeps = 1u << 30;
 constexpr uint32_t kInside = kCallerSleeps - 1;
 
-// Longer than the serial gaps between the parallel parts of a layer, far below what an HTTP thread would notice.
+// Longer than the serial gaps between the parallel parts of a layer, far below what an HTTP thread would
+// notice.
 constexpr auto kSpin = std::chrono::microseconds(40);
 
 void futex_wait(std::atomic<uint32_t>& word, uint32_t expected) {
@@ -121,7 +122,8 @@ void Pool::worker_loop(int worker) {
 uint32_t Pool::wait_for_job(uint32_t seen) {
     const auto changed = [this, seen] { return generation_.load(std::memory_order_acquire) != seen; };
     if (!spin_until(changed)) {
-        sleepers_.fetch_add(1);  // before the last look inside futex_wait: run() either sees it or we see the job
+        // Before the last look inside futex_wait: either run() sees it or we see the job.
+        sleepers_.fetch_add(1);
         while (!changed()) futex_wait(generation_, seen);
         sleepers_.fetch_sub(1);
     }

@@ -17,8 +17,8 @@ class Pool {
 
     int threads() const { return threads_; }
 
-    // Calls body(begin, end, worker) on disjoint ranges that cover [0, items), at most `chunk` items each, handed out
-    // as threads come for them. Returns when all are done. Not reentrant.
+    // Calls body(begin, end, worker) on disjoint ranges that cover [0, items), at most `chunk` items each,
+    // handed out as threads come for them. Returns when all are done. Not reentrant.
     template <class Body>
     void parallel_for(int64_t items, int64_t chunk, const Body& body) {
         if (items <= 0) return;

@@ -15,13 +15,13 @@ FMA_PASSES = 5
 class MachineLimits:
     """Limits of a number of threads together, best of several passes."""
 
-    read_gb_per_s: float  # streaming reads of main memory, 10^9 bytes a second
+    read_gb_per_s: float  # reads of main memory in the fastest known way, 10^9 bytes a second
     fma_gflop_per_s: float  # float32 multiply-adds in registers, two operations each
 
 
 def measure_limits(threads: int) -> MachineLimits:
-    """Measures read bandwidth and multiply-add rate of `threads` threads, with the pool that the
-    kernels use.
+    """Measures read bandwidth and multiply-add rate of `threads` threads, with the pool and the
+    instruction set that the kernels use.
 
     Takes about a second and 384 MiB.
 

@@ -26,6 +26,7 @@ from kunserve.device.kernels import (
     UnknownKernelsError,
     create_kernels,
 )
+from kunserve.device.kernels.cpu import supported_isas
 
 F32 = NDArray[np.float32]
 MAX_POSITIONS = 1024
@@ -439,6 +440,83 @@ def test_empty_batch_is_nothing(kernels: dict[int, CpuKernels]) -> None:
             batch_of(kn, [(0, 0, [0])]),
             np.empty((0, SMALL.hidden_size), np.float32),
         )
+
+
+# Instruction sets
+
+
+@pytest.fixture(scope="module")
+def by_isa() -> Iterator[dict[str, CpuKernels]]:
+    """Kernels on 2 threads for every instruction set of this CPU, AVX2 first."""
+    each = {isa: CpuKernels(2, isa) for isa in supported_isas()}
+    if len(each) == 1:
+        pytest.skip("this CPU has AVX2 only, so there is nothing to compare")
+    yield each
+    for kn in each.values():
+        kn.close()
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (23, 5), (24, 40), (50, 33), (97, 200), (580, 576)])
+def test_linear_is_the_same_with_every_isa(by_isa: dict[str, CpuKernels], n: int, k: int) -> None:
+    """Odd and even numbers of panels, partly filled ones, every height of a tile."""
+    weight, bias = normal(1, n, k), normal(2, n)
+    for m in (*range(1, 18), 32, 33, 41, 64, 65, 300):
+        x, residual = normal(m, m, k), normal(m + 1, m, n)
+        outs = []
+        for kn in by_isa.values():
+            guarded = np.full((m + 1, n), 7.0, np.float32)
+            packed = address_of(weights := pack(kn, weight))
+            kn.linear(x, packed, n, k, guarded[:m], address_of(bias), residual)
+            assert (guarded[m] == 7.0).all(), "wrote behind the output"
+            del weights
+            outs.append(guarded)
+        for out in outs[1:]:
+            assert_same_bits(out, outs[0])
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "group", "head_dim"),
+    [(2, 1, 8), (3, 3, 64), (1, 7, 128), (2, 4, 24), (1, 5, 40), (1, 6, 256)],
+)
+def test_attention_is_the_same_with_every_isa(
+    by_isa: dict[str, CpuKernels], kv_heads: int, group: int, head_dim: int
+) -> None:
+    """Rows of several partitions, with scores so far apart that weights reach down to 0."""
+    shape = LayerShape(32, kv_heads * group, kv_heads, head_dim, 32, 1e-5, 16)
+    rows, table = 555, np.random.default_rng(1).permutation(35).tolist()
+    qkv = normal(2, rows, shape.qkv_size) * np.float32(4)
+    outs = []
+    for kn in by_isa.values():
+        layer = make_layer(kn, shape, len(table))
+        batch, rotated = batch_of(kn, [(0, rows, table)]), qkv.copy()
+        kn.rope_write_kv(layer.prepared, batch, rotated)
+        q = np.ascontiguousarray(rotated[:, : shape.q_size])
+        out = np.empty((rows + 1, shape.q_size), np.float32)
+        kn.attention(layer.prepared, batch, q, out[:rows])
+        last = batch_of(kn, [(rows - 1, 1, table)])
+        kn.attention(layer.prepared, last, q[rows - 1 :], out[rows:])
+        assert_same_bits(out[rows], out[rows - 1])
+        outs.append(out)
+    for out in outs[1:]:
+        assert_same_bits(out, outs[0])
+
+
+@pytest.mark.parametrize("shape", [SMALL, LayerShape(576, 9, 3, 64, 1536, 1e-5, 16)])
+def test_layer_is_the_same_with_every_isa(by_isa: dict[str, CpuKernels], shape: LayerShape) -> None:
+    hidden, table = normal(1, 130, shape.hidden_size), [7, 0, 6, 3, 1, 2, 8, 5, 4]
+    for chunk in (1, 6, 130):
+        outs = [
+            forward(kn, make_layer(kn, shape, 9), hidden, table, chunk) for kn in by_isa.values()
+        ]
+        assert np.isfinite(outs[0]).all()
+        for out in outs[1:]:
+            assert_same_bits(out, outs[0])
+
+
+def test_the_fastest_isa_is_the_default(kernels: dict[int, CpuKernels]) -> None:
+    assert kernels[1].isa == supported_isas()[-1]
+    with pytest.raises(KernelArgumentError, match="it has: avx2"):
+        CpuKernels(1, "sse9")
 
 
 # Arguments and threads

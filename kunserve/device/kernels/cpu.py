@@ -1,4 +1,5 @@
-"""The CPU backend: csrc/ (plain C interface, AVX2 and FMA) bound by ctypes, without the GIL."""
+"""The CPU backend: csrc/ (plain C interface, AVX2 or AVX-512) bound by ctypes, without the
+GIL."""
 
 from __future__ import annotations
 
@@ -32,6 +33,7 @@ PACK_WIDTH = 24
 MAX_HEAD_DIM = 256
 MAX_GROUP = 16
 POSITION_STEP = 16  # positions that attention takes together; a block holds whole steps
+ISAS = {"avx2": 1, "avx512": 2}  # instruction sets by their numbers in csrc/kernels.h, rising
 
 _ADDRESS = ctypes.c_void_p
 _INT = ctypes.c_int64
@@ -85,8 +87,8 @@ class _Native(NamedTuple):
 
 # Result type, then argument types, of every function.
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
-    "kn_cpu_supported": (ctypes.c_int,),
-    "kn_create": (_ADDRESS, ctypes.c_int),
+    "kn_widest_isa": (ctypes.c_int,),
+    "kn_create": (_ADDRESS, ctypes.c_int, ctypes.c_int),
     "kn_destroy": (None, _ADDRESS),
     "kn_pack_linear": (None, _ADDRESS, _ADDRESS, _INT, _INT, _ADDRESS),
     "kn_unpack_linear": (None, _ADDRESS, _ADDRESS, _INT, _INT, _ADDRESS),
@@ -134,11 +136,21 @@ def _load_library() -> ctypes.CDLL:
         function = getattr(library, name)
         function.restype = result
         function.argtypes = arguments
-    if not library.kn_cpu_supported():
+    if not library.kn_widest_isa():
         raise UnsupportedCpuError(
             "the CPU kernels need AVX2 and FMA, which this CPU does not have; use another machine"
         )
     return library
+
+
+def supported_isas() -> tuple[str, ...]:
+    """The instruction sets that this CPU has kernels for, the fastest last.
+
+    Raises:
+        KernelsNotBuiltError, UnsupportedCpuError: see `CpuKernels`.
+    """
+    widest = _load_library().kn_widest_isa()
+    return tuple(name for name, number in ISAS.items() if number <= widest)
 
 
 def _check(condition: bool, message: str) -> None:
@@ -160,17 +172,25 @@ def _address(array: NDArray[Any], name: str, dtype: type, shape: tuple[int, ...]
 class CpuKernels:
     """`Kernels` on one pool of CPU threads; `threads` counts the calling one.
 
+    `isa` is one of `supported_isas()`, by default the fastest; all give the same bits.
+
     Raises:
         KernelsNotBuiltError: the native library was not compiled.
         UnsupportedCpuError: the CPU lacks AVX2 or FMA.
-        KernelArgumentError: `threads` is below 1.
+        KernelArgumentError: `threads` is below 1, or the CPU lacks `isa`.
         KernelMemoryError: the threads cannot be started.
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, isa: str | None = None) -> None:
         _check(threads >= 1, f"threads must be at least 1, not {threads}")
         self._library = _load_library()
-        context = self._library.kn_create(threads)
+        supported = supported_isas()
+        self._isa = isa if isa is not None else supported[-1]
+        _check(
+            self._isa in supported,
+            f"this CPU has no kernels for {isa!r}; it has: {', '.join(supported)}",
+        )
+        context = self._library.kn_create(threads, ISAS[self._isa])
         if not context:
             raise KernelMemoryError(
                 f"cannot start {threads} kernel threads; lower the number of threads"
@@ -183,6 +203,11 @@ class CpuKernels:
     def threads(self) -> int:
         """Threads that compute, the calling one included."""
         return self._threads
+
+    @property
+    def isa(self) -> str:
+        """The instruction set in use."""
+        return self._isa
 
     @property
     def pack_width(self) -> int:
