@@ -29,6 +29,8 @@ MAX_COUNT = 1 << 31
 MAX_BYTES = 1 << 50
 MAX_DURATION = 1e6
 """Of the unit in the flag's name. Beyond these limits a flag is a mistake, not a wish."""
+MIN_HEARTBEAT_TIMEOUT_S = 2.0
+"""Instances report every 0.5 s; a shorter timeout would kill those that are only busy."""
 
 
 def parse_size(text: str) -> int:
@@ -79,10 +81,16 @@ class ServeConfig:
     host: str = _flag("127.0.0.1", "address to listen on")
     port: int = _flag(8000, "port to listen on; 0 takes a free one", type=int)
     served_model_name: tuple[str, ...] = _flag(
-        (), "name(s) of the model in the API; default: MODEL", nargs="+"
+        (),
+        "name of the model in the API, may be repeated; default: MODEL",
+        action="append",
+        metavar="NAME",
     )
     api_key: tuple[str, ...] = _flag(
-        (), "key(s) that clients must send as Authorization: Bearer KEY", nargs="+"
+        (),
+        "key that clients must send as Authorization: Bearer KEY, may be repeated",
+        action="append",
+        metavar="KEY",
     )
     instances: int = _flag(
         1, "replicated instances, each with a full copy of the weights", type=int
@@ -134,7 +142,9 @@ class ServeConfig:
         300.0, "seconds an instance may take to load before the start fails", type=float
     )
     heartbeat_timeout: float = _flag(
-        10.0, "seconds of silence after which an instance is killed and replaced", type=float
+        10.0,
+        "seconds of silence after which an instance is killed and replaced, at least 2",
+        type=float,
     )
     cache_dir: str | None = _flag(
         None, "where the embedded model is kept; default $KUNSERVE_CACHE or ~/.cache/kunserve"
@@ -156,9 +166,15 @@ class ServeConfig:
         for name in ("kv_cache_memory_bytes", "memory_bytes", "max_request_body_bytes"):
             if getattr(self, name) is not None:
                 self._check_range(name, 1, MAX_BYTES)
-        for name in ("step_time_target_ms", "start_timeout", "heartbeat_timeout"):
+        for name in ("step_time_target_ms", "start_timeout"):
             if not 0 < getattr(self, name) <= MAX_DURATION:
                 raise ConfigError(f"{_flag_name(name)} must be positive, at most {MAX_DURATION:g}")
+        if not MIN_HEARTBEAT_TIMEOUT_S <= self.heartbeat_timeout <= MAX_DURATION:
+            raise ConfigError(
+                f"--heartbeat-timeout must be at least {MIN_HEARTBEAT_TIMEOUT_S:g} seconds (an "
+                f"instance reports every 0.5 s) and at most {MAX_DURATION:g}, "
+                f"got {self.heartbeat_timeout:g}"
+            )
         if not 0 <= self.shutdown_timeout <= MAX_DURATION:
             raise ConfigError(
                 f"--shutdown-timeout must not be negative, and at most {MAX_DURATION:g}"
@@ -222,7 +238,10 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _default(config_field: Field[Any]) -> Any:
-    return None if config_field.default is MISSING else config_field.default
+    default = config_field.default
+    if isinstance(default, tuple):
+        return list(default)  # argparse appends to a copy of it
+    return None if default is MISSING else default
 
 
 def _help(config_field: Field[Any]) -> str:

@@ -10,13 +10,15 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from typing import BinaryIO
 
 import httpx
 from rich.console import Console
@@ -52,12 +54,20 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         InstanceFailedError: the server did not start; the message holds its last line.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the server is ended by then.
     """
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return _run(args)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(args: argparse.Namespace) -> int:
     console = Console(record=args.svg is not None, width=100, highlight=False)
     console.print(Rule("kunserve demo"))
     begin_s = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="kunserve-demo-") as scratch:
-        log = Path(scratch) / "server.log"
+    with tempfile.TemporaryFile() as log:  # it has no name: nothing is left however this ends
         console.print("Starting two instances of the embedded model, one thread each ...")
         with _server(log) as (pid, base_url):
             console.print(_start_line(log))
@@ -74,15 +84,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _server(log: Path) -> Iterator[tuple[int, str]]:
-    """A server on a free loopback port: its pid and address. Ended with the block, however that
-    is left."""
+def _server(log: BinaryIO) -> Iterator[tuple[int, str]]:
+    """A server on a free loopback port that writes to `log`: its pid and address. Ended with the
+    block, however that is left."""
     command = [sys.executable, "-m", "kunserve.cli", "serve", "--port", "0", "--instances", "2"]
     command += ["--threads-per-instance", "1", "--kv-cache-memory-bytes", "256MiB"]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, preexec_fn=end_with_parent
-        )
+    process = subprocess.Popen(
+        command, stdout=log, stderr=log, preexec_fn=end_with_parent(os.getpid())
+    )
     try:
         yield process.pid, _wait_until_serving(process, log)
     finally:
@@ -94,10 +103,10 @@ def _server(log: Path) -> Iterator[tuple[int, str]]:
             process.wait()
 
 
-def _wait_until_serving(process: subprocess.Popen[bytes], log: Path) -> str:
+def _wait_until_serving(process: subprocess.Popen[bytes], log: BinaryIO) -> str:
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
-        text = log.read_text(encoding="utf-8", errors="replace")
+        text = _text(log)
         found = _SERVING.search(text)
         if found:
             return found.group(1)
@@ -108,9 +117,16 @@ def _wait_until_serving(process: subprocess.Popen[bytes], log: Path) -> str:
     raise InstanceFailedError(f"the server is not ready after {START_TIMEOUT_S:.0f} s")
 
 
-def _start_line(log: Path) -> str:
+def _text(log: BinaryIO) -> str:
+    """What the server has written so far. It shares the file's position: that must not move."""
+    descriptor = log.fileno()
+    content = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+    return content.decode("utf-8", errors="replace")
+
+
+def _start_line(log: BinaryIO) -> str:
     """The server's own line on what it holds, without the log prefix."""
-    lines = log.read_text(encoding="utf-8").splitlines()
+    lines = _text(log).splitlines()
     return next((line.split(" ", 3)[-1] for line in lines if "replicated weights" in line), "")
 
 

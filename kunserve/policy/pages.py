@@ -504,18 +504,19 @@ def plan_memory(
         kv_pages = kv_cache_memory_bytes // geometry.page_bytes
         if kv_pages < num_layers_held:
             raise ConfigError(
-                f"kv_cache_memory_bytes={kv_cache_memory_bytes} is too small: one page of KV per "
-                f"layer needs at least {num_layers_held * geometry.page_bytes} bytes"
+                f"--kv-cache-memory-bytes {_size(kv_cache_memory_bytes)} is too small: one page of "
+                f"KV per layer needs at least {_size_up(num_layers_held * geometry.page_bytes)}"
             )
     else:
         assert memory_bytes is not None
         kv_pages = memory_bytes // geometry.page_bytes - weight_pages
         if kv_pages < num_layers_held:
-            minimum_pages = weight_pages + num_layers_held
+            weight_bytes = weight_pages * geometry.page_bytes
+            minimum_bytes = weight_bytes + num_layers_held * geometry.page_bytes
             raise ConfigError(
-                f"memory_bytes={memory_bytes} is too small: weights of "
-                f"{weight_pages * geometry.page_bytes} bytes and one page of KV per layer need at "
-                f"least {minimum_pages * geometry.page_bytes} bytes"
+                f"--memory-bytes {_size(memory_bytes)} is too small: weights of "
+                f"{_size_up(weight_bytes)} and one page of KV per layer need at least "
+                f"{_size_up(minimum_bytes)}"
             )
     return MemoryPlan(
         geometry=geometry,
@@ -525,6 +526,24 @@ def plan_memory(
         held=held,
         kv_pages_per_layer=kv_pages // num_layers_held,
     )
+
+
+def _size(nbytes: int) -> str:
+    """For people, rounded down."""
+    unit_bytes, unit = _unit(nbytes)
+    return f"{nbytes // unit_bytes} {unit}"
+
+
+def _size_up(nbytes: int) -> str:
+    """For people, rounded up: who asks for that much has enough."""
+    unit_bytes, unit = _unit(nbytes)
+    return f"{-(-nbytes // unit_bytes)} {unit}"
+
+
+def _unit(nbytes: int) -> tuple[int, str]:
+    if nbytes >= 1 << 20:
+        return 1 << 20, "MiB"
+    return (1 << 10, "KiB") if nbytes >= 1 << 10 else (1, "B")
 
 
 def _held_parts(

@@ -12,6 +12,14 @@ from kunserve.runtime.status import ClusterView
 logger = logging.getLogger("kunserve.stats")
 
 INTERVAL_S = 10.0
+_COUNTERS = (
+    "leases_seen",
+    "prompt_tokens",
+    "generated_tokens",
+    "preemptions",
+    "prefix_queries",
+    "prefix_hits",
+)
 
 
 class StatsLogger:
@@ -22,10 +30,14 @@ class StatsLogger:
 
     def __init__(self) -> None:
         self._last_s = time.monotonic()
-        self._last: dict[InstanceId, GroupLoad] = {}
+        self._logged: dict[InstanceId, GroupLoad] = {}
+        """What each instance's present incarnation had done at the end of the last interval."""
 
     def observe(self, view: ClusterView) -> None:
         """Take in a snapshot; called on every tick of the cluster."""
+        for instance in view.instances:
+            if instance.load is None:  # its successor begins again
+                self._logged.pop(instance.instance, None)
         now_s = time.monotonic()
         elapsed_s = now_s - self._last_s
         if elapsed_s < INTERVAL_S:
@@ -34,19 +46,22 @@ class StatsLogger:
         for instance in view.instances:
             if instance.load is None:
                 continue
-            before = self._last.get(instance.instance, instance.load)
-            if instance.load.prompt_tokens < before.prompt_tokens:  # a new incarnation
-                before = instance.load
-            self._last[instance.instance] = instance.load
+            before = self._logged.get(instance.instance)
+            self._logged[instance.instance] = instance.load
             line = describe_interval(before, instance.load, elapsed_s)
             if line:
                 logger.info("Engine %03d: %s", instance.instance, line)
 
 
-def describe_interval(before: GroupLoad, after: GroupLoad, elapsed_s: float) -> str:
-    """What happened between two loads `elapsed_s` apart; empty if nothing did."""
-    prompt = after.prompt_tokens - before.prompt_tokens
-    generated = after.generated_tokens - before.generated_tokens
+def describe_interval(before: GroupLoad | None, after: GroupLoad, elapsed_s: float) -> str:
+    """What happened between two loads `elapsed_s` apart; empty if nothing did.
+
+    Counted from zero where there is no load before, or where that is another incarnation's.
+    """
+    prompt, generated = after.prompt_tokens, after.generated_tokens
+    if before is not None and not _restarted(before, after):
+        prompt -= before.prompt_tokens
+        generated -= before.generated_tokens
     if not (prompt or generated or after.num_running or after.num_waiting):
         return ""
     queries = after.prefix_queries
@@ -57,3 +72,8 @@ def describe_interval(before: GroupLoad, after: GroupLoad, elapsed_s: float) -> 
         f"KV cache usage: {after.used_share:.1%}, "
         f"Prefix cache hit rate: {after.prefix_hits / queries if queries else 0.0:.1%}"
     )
+
+
+def _restarted(before: GroupLoad, after: GroupLoad) -> bool:
+    """Counters only grow: where one has gone down, an instance was replaced."""
+    return any(getattr(after, name) < getattr(before, name) for name in _COUNTERS)

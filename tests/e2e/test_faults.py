@@ -104,12 +104,11 @@ def test_both_instances_are_killed_at_once(cluster: ServerProcess, calm: list[li
         for victim in victims:
             os.kill(victim, signal.SIGKILL)
         cluster.wait_ready(0)
-        # New requests are told to come back; those that run are parked.
+        # Load balancers are told to stay away; who comes nevertheless waits, as those that run.
         for path in ("/health", "/health/ready"):
             assert httpx.get(cluster.url + path).status_code == 503
-        refused = httpx.post(cluster.url + "/v1/completions", json={"prompt": "x"})
-        assert refused.status_code == 503
-        assert int(refused.headers["retry-after"]) > 0
+        late = httpx.post(cluster.url + "/v1/completions", json={"prompt": "x"}, timeout=60.0)
+        assert late.status_code == 200
         assert_recovers(cluster, load, calm, victims)
     assert httpx.get(cluster.url + "/health").status_code == 200
 
@@ -156,7 +155,7 @@ def test_the_front_is_ended_while_instances_start(
         assert server.sockets
         server.signal(number)
         code = server.wait()
-        assert code == (130 if number is signal.SIGINT else -number)
+        assert code == (-number if number is signal.SIGKILL else 130)
         server.assert_nothing_left()
 
 

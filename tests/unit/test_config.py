@@ -80,8 +80,8 @@ OTHER_VALUES: dict[str, tuple[list[str], Any]] = {
     "model": (["some/dir"], "some/dir"),
     "host": (["--host", "::1"], "::1"),
     "port": (["--port", "0"], 0),
-    "served_model_name": (["--served-model-name", "a", "b"], ("a", "b")),
-    "api_key": (["--api-key", "k1", "k2"], ("k1", "k2")),
+    "served_model_name": (["--served-model-name", "a", "--served-model-name", "b"], ("a", "b")),
+    "api_key": (["--api-key", "k1", "--api-key", "k2"], ("k1", "k2")),
     "instances": (["--instances", "16"], 16),
     "threads_per_instance": (["--threads-per-instance", "3"], 3),
     "kv_cache_memory_bytes": (["--kv-cache-memory-bytes", "96MiB"], 96 << 20),
@@ -98,7 +98,7 @@ OTHER_VALUES: dict[str, tuple[list[str], Any]] = {
     "max_request_body_bytes": (["--max-request-body-bytes", "1kB"], 1000),
     "shutdown_timeout": (["--shutdown-timeout", "0"], 0.0),
     "start_timeout": (["--start-timeout", "5"], 5.0),
-    "heartbeat_timeout": (["--heartbeat-timeout", "0.5"], 0.5),
+    "heartbeat_timeout": (["--heartbeat-timeout", "2.5"], 2.5),
     "cache_dir": (["--cache-dir", "here"], "here"),
     "log_level": (["--log-level", "debug"], "debug"),
     "check_accounting": (["--check-accounting"], True),
@@ -125,9 +125,17 @@ def test_a_flag_sets_its_field_and_no_other(name: str):
 
 def test_all_flags_together():
     chosen = {name: both for name, both in OTHER_VALUES.items() if name != "memory_bytes"}
-    # MODEL first: the flags that take several values would swallow it.
-    config = parse(*[argument for arguments, _ in chosen.values() for argument in arguments])
-    assert config == ServeConfig(**{name: value for name, (_, value) in chosen.items()})
+    wanted = ServeConfig(**{name: value for name, (_, value) in chosen.items()})
+    for order in (list(chosen), list(reversed(chosen))):
+        assert parse(*[argument for name in order for argument in chosen[name][0]]) == wanted
+
+
+@pytest.mark.parametrize("flag", ["--served-model-name", "--api-key"])
+def test_a_flag_that_may_be_repeated_takes_one_value_and_leaves_the_model(flag: str):
+    config = parse(flag, "foo", "/path/model")
+    assert config.model == "/path/model"
+    assert (config.served_model_name or config.api_key) == ("foo",)
+    assert parse() == ServeConfig()  # nothing is kept in the default
 
 
 def test_the_help_names_every_flag_and_its_default():
@@ -169,7 +177,8 @@ def test_the_config_is_frozen():
         ({"step_time_target_ms": float("inf")}, ("--step-time-target-ms",)),
         ({"start_timeout": 0.0}, ("--start-timeout", "positive")),
         ({"start_timeout": float("inf")}, ("--start-timeout",)),
-        ({"heartbeat_timeout": -1.0}, ("--heartbeat-timeout", "positive")),
+        ({"heartbeat_timeout": -1.0}, ("--heartbeat-timeout", "at least 2 seconds")),
+        ({"heartbeat_timeout": 1.9}, ("--heartbeat-timeout", "at least 2 seconds", "1.9")),
         ({"heartbeat_timeout": float("inf")}, ("--heartbeat-timeout",)),
         ({"heartbeat_timeout": float("nan")}, ("--heartbeat-timeout",)),
         ({"shutdown_timeout": -0.1}, ("--shutdown-timeout", "negative")),
@@ -212,7 +221,7 @@ def test_what_cannot_work_is_refused_by_name(values: dict[str, Any], words: tupl
         {"shutdown_timeout": 0.0},
         {"max_num_seqs": 1, "max_num_queued_reqs": 1},
         {"max_model_len": 1},
-        {"heartbeat_timeout": 0.1},
+        {"heartbeat_timeout": 2.0},
     ],
 )
 def test_the_limits_themselves_work(values: dict[str, Any]):

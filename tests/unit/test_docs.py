@@ -56,3 +56,19 @@ def test_files_that_the_architecture_page_names_exist() -> None:
         assert path.with_suffix(".py").exists() or path.is_dir(), name
     for name in re.findall(r"`(tests/[\w/.]+)`", ARCHITECTURE):
         assert (REPOSITORY / name).exists(), name
+
+
+def test_relative_links_exist() -> None:
+    missing = []
+    for page in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))):
+        text = page.read_text(encoding="utf-8")
+        links = re.findall(r"\]\(<?([^)>\s]+)", text) + re.findall(
+            r"""(?:src|href)=["']([^"']+)""", text
+        )
+        for link in links:
+            path = link.partition("#")[0]
+            if re.match(r"[a-z][a-z0-9+.-]*:", path) or not path:
+                continue  # an address, or a place on the same page
+            if not (page.parent / path).exists():
+                missing.append(f"{page.name}: {link}")
+    assert not missing

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import FrozenInstanceError
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from kunserve.config import parse_size
 from kunserve.core.errors import AccountingError, ConfigError, LayoutError
 from kunserve.core.ids import BlockId, SlotId
 from kunserve.core.layout import Part, PartKind
@@ -386,21 +389,41 @@ def test_a_later_member_holds_some_parts_only() -> None:
 
 def test_the_error_names_a_minimum_that_works() -> None:
     spec = small_spec()
+    plan = partial(plan_memory, spec, PART_BYTES, spec.parts, GEOMETRY)
+
     minimum_kv_bytes = 3 * 196_608
-    with pytest.raises(ConfigError, match=f"at least {minimum_kv_bytes} bytes"):
-        plan_memory(
-            spec, PART_BYTES, spec.parts, GEOMETRY, kv_cache_memory_bytes=minimum_kv_bytes - 1
-        )
-    plan = plan_memory(
-        spec, PART_BYTES, spec.parts, GEOMETRY, kv_cache_memory_bytes=minimum_kv_bytes
-    )
-    assert plan.kv_pages_per_layer == 1
+    with pytest.raises(ConfigError, match=r"^--kv-cache-memory-bytes 575 KiB is too") as caught:
+        plan(kv_cache_memory_bytes=minimum_kv_bytes - 1)
+    named = named_minimum(caught.value)
+    assert minimum_kv_bytes <= named < minimum_kv_bytes + 1024
+    assert plan(kv_cache_memory_bytes=minimum_kv_bytes).kv_pages_per_layer == 1
+    assert plan(kv_cache_memory_bytes=named).kv_pages_per_layer >= 1
 
     minimum_bytes = (WEIGHT_PAGES + 3) * 196_608
-    with pytest.raises(ConfigError, match=f"at least {minimum_bytes} bytes"):
-        plan_memory(spec, PART_BYTES, spec.parts, GEOMETRY, memory_bytes=minimum_bytes - 1)
-    plan = plan_memory(spec, PART_BYTES, spec.parts, GEOMETRY, memory_bytes=minimum_bytes)
-    assert plan.kv_pages_per_layer == 1
+    with pytest.raises(ConfigError, match=r"^--memory-bytes \d+ MiB is too small") as caught:
+        plan(memory_bytes=minimum_bytes - 1)
+    assert f"weights of {-(-WEIGHT_PAGES * 196_608 // MIB)} MiB and" in str(caught.value)
+    named = named_minimum(caught.value)
+    assert minimum_bytes <= named < minimum_bytes + MIB
+    assert plan(memory_bytes=minimum_bytes).kv_pages_per_layer == 1
+    assert plan(memory_bytes=named).kv_pages_per_layer >= 1
+
+
+def named_minimum(error: ConfigError) -> int:
+    """The least size that the message names, as the flag would read it."""
+    found = re.search(r"at least (\d+ \w+)$", str(error))
+    assert found
+    return parse_size(found.group(1))
+
+
+@given(given_bytes=st.integers(1, 3 * 196_608 - 1))
+def test_the_size_that_is_too_small_shows_as_less_than_the_minimum(given_bytes: int) -> None:
+    spec = small_spec()
+    with pytest.raises(ConfigError) as caught:
+        plan_memory(spec, PART_BYTES, spec.parts, GEOMETRY, kv_cache_memory_bytes=given_bytes)
+    found = re.match(r"--kv-cache-memory-bytes (\d+ \w+) is", str(caught.value))
+    assert found
+    assert given_bytes - 1024 < parse_size(found.group(1)) <= given_bytes
 
 
 def test_a_plan_that_makes_no_sense_is_refused() -> None:
