@@ -38,6 +38,10 @@ _MESSAGE_CHARS = 300
 
 
 class BenchError(KunserveError):
+    """The run cannot start as it was asked for."""
+
+
+class ServerError(BenchError):
     """The server cannot be asked at all, so there is nothing to measure."""
 
 
@@ -545,16 +549,20 @@ async def first_model(base_url: str, options: LoadOptions) -> str:
     """Ask the server for its models and return the first.
 
     Raises:
-        BenchError: the server does not answer or serves no model.
+        BenchError: the base URL is not one.
+        ServerError: the server does not answer, refuses or serves no model.
     """
     async with make_client(base_url, options) as client:
         try:
             response = await client.get("/v1/models", timeout=options.connect_timeout_s)
-            response.raise_for_status()
+            if response.status_code != httpx.codes.OK:
+                refusal = await _http_error(response)
+                raise ServerError(f"the server answered {refusal.status}: {refusal.message}")
             return str(response.json()["data"][0]["id"])
         except httpx.HTTPError as error:
-            raise BenchError(f"cannot ask {base_url} for its models: {_describe(error)}") from error
+            message = f"cannot ask {base_url} for its models: {_describe(error)}"
+            raise ServerError(message) from error
         except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise BenchError(
+            raise ServerError(
                 f"{base_url}/v1/models names no model; is it an OpenAI-compatible server?"
             ) from error

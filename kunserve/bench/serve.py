@@ -1,7 +1,8 @@
 """`kunserve bench serve`: flags to a workload, a run, and its report.
 
-Exit codes: 0 all requests completed, 1 a request failed, 2 bad input (one line on stderr),
-130 stopped by Ctrl-C (what was measured so far is reported).
+Exit codes: 0 all requests completed, 1 a request failed or the server could not be asked for its
+model (one line on stderr), 2 bad flags or files (one line on stderr), 130 stopped by Ctrl-C (what
+was measured so far is reported).
 """
 
 import argparse
@@ -22,6 +23,7 @@ from kunserve.bench.client import (
     LoadOptions,
     LoadResult,
     RequestRecord,
+    ServerError,
     first_model,
     run_load,
 )
@@ -45,7 +47,7 @@ from kunserve.core.errors import KunserveError
 from kunserve.runtime.process import raise_file_limit
 
 EXIT_OK = 0
-EXIT_FAILED_REQUESTS = 1
+EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
@@ -302,7 +304,7 @@ def run(args: argparse.Namespace) -> int:
     except (KunserveError, OSError) as error:
         message = " ".join(str(error).split())
         sys.stderr.write(f"kunserve bench serve: error: {message}\n")
-        return EXIT_BAD_INPUT
+        return EXIT_FAILED if isinstance(error, ServerError) else EXIT_BAD_INPUT
     return _exit_code(result)
 
 
@@ -311,7 +313,7 @@ def _exit_code(result: LoadResult) -> int:
     if result.interrupted:
         return EXIT_INTERRUPTED
     if any(error.kind is not ErrorKind.INTERRUPTED for error in errors):
-        return EXIT_FAILED_REQUESTS
+        return EXIT_FAILED
     return EXIT_OK
 
 

@@ -42,8 +42,10 @@ def read_time_counters(base_url: str, api_key: str | None = None) -> TimeCounter
     """The server's time counters; None if it has no such metrics (another server, no key)."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
-        response = httpx.get(f"{base_url.rstrip('/')}/metrics", headers=headers, timeout=10.0)
-    except httpx.HTTPError:
+        response = httpx.get(
+            f"{base_url.rstrip('/')}/metrics", headers=headers, timeout=10.0, trust_env=False
+        )
+    except (httpx.HTTPError, httpx.InvalidURL):
         return None
     if response.status_code != httpx.codes.OK:
         return None

@@ -62,10 +62,13 @@ class StepTiming:
 
 @dataclass(frozen=True)
 class GroupReport:
-    """What a leader sends after a step (and when idle, as a heartbeat).
+    """What a leader sends after a step, before one with which requests start, and between steps
+    when leases came or went. When idle it sends a Heartbeat.
 
     `started`: requests that left the queue for the running set for the first time under this
-    lease. `refused`: requests that the scheduler could not take, with the reason.
+    lease, said before their first step is computed. `refused`: requests that end without another
+    token, with kind and reason: INVALID if the scheduler could not take it, FAILED if its row
+    failed.
     """
 
     instance: InstanceId
@@ -76,13 +79,13 @@ class GroupReport:
     outputs: tuple[TokenOutput, ...]
     started: tuple[RequestId, ...]
     load: GroupLoad
-    refused: tuple[tuple[RequestId, str], ...] = ()
+    refused: tuple[tuple[RequestId, RefusalKind, str], ...] = ()
     timing: StepTiming = StepTiming()
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """An instance lives and makes progress: sent while a long step runs, from between layers."""
+    """An instance lives and makes progress: sent when idle, and while a long step gets on."""
 
     instance: InstanceId
     incarnation: int
@@ -113,11 +116,13 @@ Event = (
 
 
 class RefusalKind(Enum):
-    """Why a request is refused, so that HTTP can say it in its own codes."""
+    """Why a request is refused, so that HTTP can say it in its own codes. FAILED: the server
+    could not compute it (logits that are not finite)."""
 
     INVALID = "invalid"
     QUEUE_FULL = "queue_full"
     UNAVAILABLE = "unavailable"
+    FAILED = "failed"
 
 
 @dataclass(frozen=True)

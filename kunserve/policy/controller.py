@@ -53,8 +53,8 @@ class ControllerConfig:
     """Numbers of the cluster. Durations in nanoseconds.
 
     `max_num_queued_reqs` bounds the requests that wait for their first step, over the cluster.
-    A request that ran on `max_losses` instances when they were lost is given up: it may be what
-    ends them. A lost instance is started again after `restart_backoff_ns` (doubling), at most
+    A request under which `max_losses` instances in a row were lost is given up, see `_blamed`. A
+    lost instance is started again after `restart_backoff_ns` (doubling), at most
     `max_restarts` times in a row without having served for `stable_ns`.
     """
 
@@ -128,7 +128,8 @@ class GroupRecord:
 
 @dataclass
 class RequestRecord:
-    """The front's copy of one request. `group` is None while no group can take it."""
+    """The front's copy of one request. `group` is None while no group can take it. `losses`: of
+    instances in a row, without a token since."""
 
     request: Request
     outputs: list[int]
@@ -156,6 +157,8 @@ class Controller:
         self._next_group = 0
         self._draining = False
         self._num_waiting = 0
+        self._on_trial: RequestId | None = None  # see `_blamed`
+        self._trial_ended = False
         self._handlers: dict[type, Callable[[Any, int], Iterator[Command]]] = {
             InstanceReady: self._on_ready,
             InstanceLost: self._on_lost,
@@ -206,6 +209,8 @@ class Controller:
     def handle(self, event: Event, now_ns: int) -> tuple[Command, ...]:
         """Take one event in and say what the world must do, in order."""
         commands = list(self._handlers[type(event)](event, now_ns))
+        if self._trial_ended:
+            commands.extend(self._next_trial())
         if self._draining and not self._requests and isinstance(event, _MAY_END_DRAIN):
             commands.append(DrainComplete())
         return tuple(commands)
@@ -260,10 +265,15 @@ class Controller:
         return any(r.state is not InstanceState.DEAD for r in self._instances.values())
 
     def _dispatch(self, request_id: RequestId) -> Iterator[Command]:
-        """Lease a request to the best group; without any group it stays parked in the front."""
+        """Lease a request to the best group; without any group it stays parked in the front, and
+        so does a suspect during the trial of another one."""
         if not self._groups:
             return
         record = self._requests[request_id]
+        if self._is_suspect(record):
+            if self._on_trial is not None:
+                return
+            self._on_trial = request_id
         lease = record.lease()
         tokens = lease.prompt_token_ids + lease.output_token_ids
         hashes = block_hashes(tokens, self._config.block_size)
@@ -288,6 +298,7 @@ class Controller:
 
     def _forget(self, request_id: RequestId) -> None:
         record = self._requests.pop(request_id)
+        self._end_trial(request_id)
         self._num_waiting -= not record.started
         if record.group is not None:
             self._groups[record.group].requests.discard(request_id)
@@ -311,10 +322,10 @@ class Controller:
             accepted = self._accept(request_id, outputs, group)
             if accepted:
                 yield DeliverTokens(request_id, accepted)
-        for request_id, message in event.refused:
+        for request_id, kind, message in event.refused:
             if request_id in group.requests:
                 self._forget(request_id)
-                yield RefuseRequest(request_id, RefusalKind.INVALID, message)
+                yield RefuseRequest(request_id, kind, message)
 
     def _mark_started(self, request_id: RequestId, group: GroupRecord) -> None:
         if request_id in group.requests and not self._requests[request_id].started:
@@ -328,6 +339,8 @@ class Controller:
         if request_id not in group.requests:
             return ()
         record = self._requests[request_id]
+        record.losses = 0
+        self._end_trial(request_id)
         accepted: list[TokenOutput] = []
         for output in outputs:
             if output.index != len(record.outputs):
@@ -389,6 +402,8 @@ class Controller:
             instance.restarts_in_row = 0
         self._plan_restart(instance, now_ns)
         orphans = self._break_group(instance.id)
+        for request_id in self._blamed(orphans):
+            self._requests[request_id].losses += 1
         if not self._may_serve():
             orphans = list(self._requests)
         for request_id in orphans:
@@ -419,16 +434,44 @@ class Controller:
     def _continue_elsewhere(self, request_id: RequestId, reason: str) -> Iterator[Command]:
         """Recompute from the front's copy on another group, or wait for a restart."""
         record = self._requests[request_id]
-        record.losses += record.started
         if self._may_serve() and record.losses < self._config.max_losses:
             yield from self._dispatch(request_id)
             return
         self._forget(request_id)
         if self._may_serve():
-            message = f"{record.losses} instances were lost while they ran this request: {reason}"
+            message = f"{record.losses} instances in a row were lost under this request: {reason}"
         else:
             message = f"the last instance was lost: {reason}"
         yield RefuseRequest(request_id, RefusalKind.UNAVAILABLE, message)
+
+    # ------------------------------------------------------------ who ends instances
+
+    def _blamed(self, orphans: list[RequestId]) -> list[RequestId]:
+        """Which requests of a lost group count a loss: all of them, or the one on trial alone.
+
+        An instance says which requests start before it computes them, but a crash can outrun the
+        message, so any request leased to the group may be what ended it. A token clears its
+        request. One more loss and it would be given up: then it is a suspect. Suspects are leased
+        one at a time (a trial, until the next token), so that of many that were lost together
+        only the one that ends instances is given up, and the rest get on.
+        """
+        return [self._on_trial] if self._on_trial in orphans else orphans
+
+    def _is_suspect(self, record: RequestRecord) -> bool:
+        return 0 < record.losses >= self._config.max_losses - 1
+
+    def _end_trial(self, request_id: RequestId) -> None:
+        if self._on_trial == request_id:
+            self._on_trial = None
+            self._trial_ended = True
+
+    def _next_trial(self) -> Iterator[Command]:
+        """Lease the earliest suspect that waits for its trial."""
+        self._trial_ended = False
+        for request_id, record in self._requests.items():
+            if record.group is None and self._is_suspect(record):
+                yield from self._dispatch(request_id)
+                return
 
     # ------------------------------------------------------------ time and drain
 

@@ -1,10 +1,12 @@
-"""The instance process: a scheduler and an executor, driven by messages of the front.
+"""The instance process: a member and an executor, driven by messages of the front.
 
 Two threads. The control thread (main) takes messages in, schedules and reports; the compute
 thread runs one plan at a time. So an abort, a lease or a heartbeat never waits for a long step.
 
     front --Lease/Revoke--> control --plan--> compute
     front <--GroupReport--- control <-result-- compute
+
+What it decides is `kunserve.policy.member`; here are threads, sockets and time.
 """
 
 from __future__ import annotations
@@ -16,26 +18,18 @@ import queue
 import sys
 import threading
 import time
+from functools import partial
+from typing import Any
 
 import msgspec
 import torch
 import zmq
 
-from kunserve.core.errors import AccountingError, InvalidRequestError, KunserveError
-from kunserve.core.events import (
-    FormGroup,
-    GroupReport,
-    Heartbeat,
-    InstanceReady,
-    LeaseRequest,
-    RevokeLease,
-    StepTiming,
-)
-from kunserve.core.ids import RequestId
-from kunserve.core.request import TokenOutput
+from kunserve.core.errors import AccountingError, KunserveError
+from kunserve.core.events import InstanceReady
 from kunserve.core.step import StepPlan, StepResult
 from kunserve.policy.cost_model import CostModel
-from kunserve.policy.scheduler import Scheduler
+from kunserve.policy.member import Member
 from kunserve.runtime.codec import LoadProgress, Shutdown, StartFailed
 from kunserve.runtime.process import die_with_parent, ignore_terminal_signals
 from kunserve.runtime.settings import InstanceSettings
@@ -52,7 +46,8 @@ HEARTBEAT_INTERVAL_MS = 500
 class ComputeThread:
     """Runs plans one at a time and wakes the control thread through an eventfd.
 
-    `layers_done` grows between layers: a step that stands still is seen from outside.
+    `layers_done` grows between layers, and before the head: a step that stands still is seen
+    from outside.
     """
 
     def __init__(self, executor: Executor) -> None:
@@ -124,7 +119,7 @@ class ComputeThread:
 
 
 class Instance:
-    """The control thread's state: the leased group, its scheduler, the step under way."""
+    """The control thread: messages in, results in, plans and reports out."""
 
     def __init__(
         self,
@@ -135,17 +130,14 @@ class Instance:
     ) -> None:
         self._settings = settings
         self._engine = engine
-        self._cost_model = cost_model
         self._link = link
-        self._group: FormGroup | None = None
-        self._scheduler: Scheduler | None = None
+        self._member = Member(
+            settings.instance,
+            settings.incarnation,
+            partial(engine.make_scheduler, settings.scheduler, cost_model),
+        )
         self._compute = ComputeThread(engine.make_executor())
-        self._plan: StepPlan | None = None
-        self._refused: list[tuple[RequestId, str]] = []
-        self._changed = False
-        self._steps = 0
         self._schedule_ns = 0
-        self._layers_reported = 0
         self._stopping = False
 
     def run(self) -> None:
@@ -157,115 +149,48 @@ class Instance:
         while not self._stopping:
             wait_ms = max(0, int((next_beat - time.monotonic()) * 1000))
             poller.poll(wait_ms)
+            begin_ns = time.monotonic_ns()
             for message in self._link.receive():
                 self._take(message)
-            begin_ns = time.monotonic_ns()
-            outputs = self._finish_step()
+            self._finish_step()
             self._start_step()
-            if outputs is not None or (self._changed and not self._compute.busy):
-                self._report(outputs or ())
             self._schedule_ns += time.monotonic_ns() - begin_ns
             if time.monotonic() >= next_beat:
                 self._beat()
                 next_beat = time.monotonic() + HEARTBEAT_INTERVAL_MS / 1000
         self._compute.join()
 
-    # ------------------------------------------------------------ messages
-
-    def _take(self, message: object) -> None:
+    def _take(self, message: Any) -> None:
         if isinstance(message, Shutdown):
             self._stopping = True
-        elif isinstance(message, FormGroup):
-            self._form_group(message)
-        elif isinstance(message, LeaseRequest):
-            self._lease(message)
-        elif isinstance(message, RevokeLease):
-            if self._scheduler is not None and self._leads(message):
-                self._scheduler.abort(message.request_id)
-                self._changed = True
         else:
-            raise AccountingError(f"an instance does not take {type(message).__name__}")
+            self._member.take(message)
 
-    def _form_group(self, message: FormGroup) -> None:
-        if self._compute.busy:
-            raise AccountingError("a group cannot be formed while a step is under way")
-        self._group = message
-        self._scheduler = self._engine.make_scheduler(
-            self._settings.scheduler, self._cost_model, message.epoch
-        )
-        self._changed = True
-
-    def _leads(self, message: LeaseRequest | RevokeLease) -> bool:
-        """False for what was meant for an epoch that is over."""
-        group = self._group
-        return group is not None and (group.group, group.epoch) == (message.group, message.epoch)
-
-    def _lease(self, message: LeaseRequest) -> None:
-        if self._scheduler is None or not self._leads(message):
-            return
-        self._changed = True
-        try:
-            self._scheduler.add(message.request)
-        except InvalidRequestError as error:
-            self._refused.append((message.request.id, str(error)))
-
-    # ------------------------------------------------------------ steps
-
-    def _finish_step(self) -> tuple[TokenOutput, ...] | None:
+    def _finish_step(self) -> None:
         """Take in the result of the step under way, if it is there."""
         result = self._compute.collect() if self._compute.busy else None
-        if result is None or self._plan is None or self._scheduler is None:
-            return None
+        if result is None:
+            return
         for request_id, message in result.failed:
             logger.error("request %s failed: %s", request_id, message)
-            self._scheduler.abort(request_id)
-            self._refused.append((request_id, message))
-        outputs = self._scheduler.update(self._plan, result, time.monotonic_ns())
-        self._plan = None
-        self._steps += 1
+        self._member.finish_step(result, time.monotonic_ns())
         if self._settings.check_accounting:
-            self._check()
-        return outputs
+            self._member.check()
+            self._engine.memory.check()
 
     def _start_step(self) -> None:
-        if self._scheduler is None or self._compute.busy:
-            return
-        self._plan = self._scheduler.schedule(time.monotonic_ns())
-        if self._plan is not None:
-            self._compute.submit(self._plan)
-
-    def _check(self) -> None:
-        if self._scheduler is not None:
-            self._scheduler.check()
-        self._engine.memory.check()
-
-    # ------------------------------------------------------------ reports
-
-    def _report(self, outputs: tuple[TokenOutput, ...]) -> None:
-        if self._group is None or self._scheduler is None:
-            return
-        report = GroupReport(
-            instance=self._settings.instance,
-            incarnation=self._settings.incarnation,
-            group=self._group.group,
-            epoch=self._group.epoch,
-            step=self._steps,
-            outputs=outputs,
-            started=self._scheduler.newly_started(),
-            load=self._scheduler.load(),
-            refused=tuple(self._refused),
-            timing=StepTiming(self._steps, self._compute.execute_ns, self._schedule_ns),
-        )
-        self._refused.clear()
-        self._changed = False
-        self._link.send(report)
+        """Report before the compute thread has the plan: its step may end the process."""
+        plan = self._member.next_plan(time.monotonic_ns())
+        report = self._member.take_report(self._compute.execute_ns, self._schedule_ns)
+        if report is not None:
+            self._link.send(report)
+        if plan is not None:
+            self._compute.submit(plan)
 
     def _beat(self) -> None:
-        """Say that work goes on: silent while a step stands still, so that the front sees it."""
-        stuck = self._compute.busy and self._compute.layers_done == self._layers_reported
-        self._layers_reported = self._compute.layers_done
-        if not stuck:
-            self._link.send(Heartbeat(self._settings.instance, self._settings.incarnation))
+        heartbeat = self._member.heartbeat(self._compute.layers_done)
+        if heartbeat is not None:
+            self._link.send(heartbeat)
 
 
 def _serve(settings: InstanceSettings, link: InstanceSocket) -> None:

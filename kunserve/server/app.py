@@ -26,6 +26,9 @@ from kunserve.server.settings import ServerConfig
 from kunserve.server.tokenizer import Tokenizer
 from kunserve.version import VERSION
 
+MAX_PREPARING_BYTES = 64 << 20
+"""Of all bodies that are read and not yet tokenised; a larger `max_request_body_bytes` raises it
+to one body."""
 METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -34,7 +37,8 @@ def create_app(engine: EngineClient, tokenizer: Tokenizer, config: ServerConfig)
     metrics = ServerMetrics(engine, config.served_model_names[0])
     seeds = random.SystemRandom() if config.seed is None else random.Random(config.seed)
     service = Service(engine, tokenizer, config, metrics, seeds)
-    gate = Gate(config.max_preparing)
+    max_bytes = max(MAX_PREPARING_BYTES, config.max_request_body_bytes)
+    gate = Gate(config.max_preparing, max_bytes)
     status = StatusRoutes(service)
     app = Starlette(
         routes=[
@@ -74,7 +78,8 @@ class StatusRoutes:
         return Response(status_code=200 if healthy else 503)
 
     async def ready(self, request: Request) -> Response:
-        """200 while requests are taken, for load balancers."""
+        """200 while an instance takes requests, for load balancers. The generating routes refuse
+        less: while every instance restarts, requests wait."""
         status = self._service.engine.status()
         if status.ready and not status.draining:
             return Response(status_code=200)

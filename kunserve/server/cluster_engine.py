@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 
 from kunserve.core.errors import (
+    InstanceFailedError,
     InvalidRequestError,
     KunserveError,
     QueueFullError,
@@ -24,6 +25,7 @@ _REFUSALS: dict[RefusalKind, Callable[[str], KunserveError]] = {
     RefusalKind.INVALID: InvalidRequestError,
     RefusalKind.QUEUE_FULL: QueueFullError,
     RefusalKind.UNAVAILABLE: ServiceUnavailableError,
+    RefusalKind.FAILED: InstanceFailedError,
 }
 
 

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from kunserve.core.errors import (
+    InstanceFailedError,
     InvalidRequestError,
     KunserveError,
     QueueFullError,
@@ -87,6 +88,8 @@ def to_http_error(error: Exception) -> HttpError:
         return HttpError(400, str(error), error.param)
     if isinstance(error, QueueFullError | ServiceUnavailableError):
         return HttpError(503, str(error), headers={"retry-after": str(RETRY_AFTER_S)})
+    if isinstance(error, InstanceFailedError):
+        return HttpError(500, "the server failed to compute this request; see the server's log")
     if isinstance(error, HTTPException):
         message = error.detail or HTTPStatus(error.status_code).phrase
         return HttpError(error.status_code, message, headers=dict(error.headers or {}))

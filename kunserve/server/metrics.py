@@ -19,14 +19,18 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from kunserve.core.errors import QueueFullError, ServiceUnavailableError
 from kunserve.core.events import StepTiming
 from kunserve.core.request import FinishReason
 from kunserve.core.step import GroupLoad
 from kunserve.server.engine import EngineClient, InstanceStatus
+from kunserve.server.errors import to_http_error
 
 PREFIX = "kunserve:"
 _LABELS = ("model_name",)
-_INSTANCE_LABELS = ("model_name", "instance")
+# vLLM's name; `instance` is Prometheus' own label of the scraped target.
+_INSTANCE_LABELS = ("model_name", "engine")
+_REFUSALS = ("invalid", "queue_full", "unavailable", "failed")
 
 # vLLM's buckets, in seconds.
 _TTFT_BUCKETS = (
@@ -67,6 +71,13 @@ class EngineCollector(Collector):
         status = self._engine.status()
         instances = status.instances
         yield from self._front_counters(status.controller_cpu_s)
+        owned = GaugeMetricFamily(
+            PREFIX + "num_requests_owned",
+            "Accepted requests that have not ended, on an instance or waiting for one",
+            labels=_LABELS,
+        )
+        owned.add_metric([self._model_name], status.num_requests)
+        yield owned
         yield self._gauge(
             "instance_ready", "1 while the instance takes requests", instances, _is_ready
         )
@@ -77,15 +88,18 @@ class EngineCollector(Collector):
             lambda instance: instance.heartbeat_age_s,
         )
         loads = [(instance, instance.load) for instance in instances if instance.load is not None]
-        gauges = {
-            "num_requests_running": "Requests in the running set",
-            "num_requests_waiting": "Requests that wait to run",
-            "kv_cache_usage_perc": "Share of the KV cache in use; 1 means all of it",
-        }
-        for name, text in gauges.items():
+        gauges: dict[str, tuple[str, Callable[[GroupLoad], float]]] = {
+            "num_requests_running": ("Requests in the running set", lambda load: load.num_running),
+            "num_requests_waiting": ("Requests that wait to run", lambda load: load.num_waiting),
+            "kv_cache_usage_perc": (
+                "Share of the KV cache in use; 1 means all of it", lambda load: load.used_share,
+            ),
+        }  # fmt: skip
+        for name, (text, value) in gauges.items():
             gauge = GaugeMetricFamily(PREFIX + name, text, labels=_INSTANCE_LABELS)
-            for instance, load in loads:
-                gauge.add_metric(self._labels(instance), _load_gauge(name, load))
+            for instance in instances:  # dead or starting: 0, so that no series breaks off
+                level = 0.0 if instance.load is None else value(instance.load)
+                gauge.add_metric(self._labels(instance), level)
             yield gauge
         counters = {
             "num_preemptions": ("Preemptions since the instance started", "preemptions"),
@@ -151,14 +165,6 @@ def _is_ready(instance: InstanceStatus) -> float:
     return float(instance.state == "ready")
 
 
-def _load_gauge(name: str, load: GroupLoad) -> float:
-    if name == "num_requests_running":
-        return load.num_running
-    if name == "num_requests_waiting":
-        return load.num_waiting
-    return load.used_share
-
-
 class ServerMetrics:
     """All metrics of one server, in a registry of its own."""
 
@@ -179,13 +185,20 @@ class ServerMetrics:
         self.generation_tokens = counter("generation_tokens", "Tokens delivered")
         success = Counter(
             PREFIX + "request_success",
-            "Requests that ended, by reason",
+            "Accepted sequences that ended, by reason; abort: the client went away",
             ("model_name", "finished_reason"),
             registry=self.registry,
         )
         self.finished = {
             reason.value: success.labels(model_name, reason.value) for reason in FinishReason
         }
+        refused = Counter(
+            PREFIX + "request_refused",
+            "HTTP requests that the server refused or failed, by kind",
+            ("model_name", "kind"),
+            registry=self.registry,
+        )
+        self.refused = {kind: refused.labels(model_name, kind) for kind in _REFUSALS}
         self.ttft = histogram(
             "time_to_first_token_seconds", "Arrival to first token", _TTFT_BUCKETS
         )
@@ -208,12 +221,50 @@ class ServerMetrics:
         return generate_latest(self.registry)
 
 
+class RequestTimer:
+    """Times one HTTP request and counts how it ended: refused, failed, or by its sequences."""
+
+    def __init__(self, metrics: ServerMetrics) -> None:
+        self.metrics = metrics
+        self.arrival_s = time.monotonic()
+        self.started = False
+        self._failed = False
+        self._sequences: list[SequenceTimer] = []
+
+    def sequence(self, prompt_tokens: int) -> SequenceTimer:
+        """The timer of one more sequence of this request."""
+        timer = SequenceTimer(self, prompt_tokens)
+        self._sequences.append(timer)
+        return timer
+
+    def fail(self, error: Exception) -> None:
+        """The client is told `error`; only the first call counts."""
+        if self._failed:
+            return
+        self._failed = True
+        self.metrics.refused[self._kind(error)].inc()
+
+    def _kind(self, error: Exception) -> str:
+        if isinstance(error, QueueFullError):
+            return "queue_full"
+        if isinstance(error, ServiceUnavailableError):  # after a token it is no refusal any more
+            return "failed" if self.started else "unavailable"
+        return "invalid" if to_http_error(error).status < 500 else "failed"
+
+    def close(self) -> None:
+        """Nothing more will come: unless the server failed, the client left what is open."""
+        if self._failed:
+            return
+        for timer in self._sequences:
+            timer.end(FinishReason.ABORT.value)
+
+
 class SequenceTimer:
     """Times one sequence from its request's arrival to its end."""
 
-    def __init__(self, metrics: ServerMetrics, arrival_s: float, prompt_tokens: int) -> None:
-        self._metrics = metrics
-        self._arrival_s = arrival_s
+    def __init__(self, request: RequestTimer, prompt_tokens: int) -> None:
+        self._request = request
+        self._metrics = request.metrics
         self._prompt_tokens = prompt_tokens
         self._first_s = 0.0
         self._last_s = 0.0
@@ -225,9 +276,10 @@ class SequenceTimer:
         if not count or self._ended:
             return
         now = time.monotonic()
+        self._request.started = True
         if self._count == 0:
             self._first_s = now
-            self._metrics.ttft.observe(now - self._arrival_s)
+            self._metrics.ttft.observe(now - self._request.arrival_s)
             self._metrics.prompt_tokens.inc(self._prompt_tokens)
             self._metrics.prompt_length.observe(self._prompt_tokens)
         else:
@@ -244,7 +296,7 @@ class SequenceTimer:
         self._metrics.finished[reason].inc()
         if reason == FinishReason.ABORT.value:
             return
-        self._metrics.e2e.observe(time.monotonic() - self._arrival_s)
+        self._metrics.e2e.observe(time.monotonic() - self._request.arrival_s)
         self._metrics.generation_length.observe(self._count)
         if self._count > 1:
             per_token = (self._last_s - self._first_s) / (self._count - 1)

@@ -61,21 +61,24 @@ class BodyLimitMiddleware:
         self._max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse by the announced length, else count what arrives."""
+        """Refuse by the announced length as soon as the body is read, else count what arrives."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         announced = _header(scope, b"content-length")
-        if announced is not None and announced.isdigit() and int(announced) > self._max_bytes:
-            await self._too_large().response()(scope, receive, send)
-            return
-        await self._app(scope, self._counting(receive), send)
+        too_large = (
+            announced is not None and announced.isdigit() and int(announced) > self._max_bytes
+        )
+        await self._app(scope, self._counting(receive, too_large), send)
 
-    def _counting(self, receive: Receive) -> Receive:
+    def _counting(self, receive: Receive, too_large: bool) -> Receive:
+        """`receive` that raises where the route reads too much, so that the route counts it."""
         received = 0
 
         async def counted() -> Message:
             nonlocal received
+            if too_large:
+                raise self._too_large()
             message = await receive()
             if message["type"] == "http.request":
                 received += len(message.get("body", b""))

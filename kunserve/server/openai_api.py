@@ -23,7 +23,6 @@ from kunserve.core.errors import (
     ServiceUnavailableError,
 )
 from kunserve.core.ids import RequestId
-from kunserve.core.request import FinishReason
 from kunserve.server.answers import (
     AnswerFormat,
     ChatFormat,
@@ -34,12 +33,13 @@ from kunserve.server.answers import (
 from kunserve.server.detokenizer import OutputText
 from kunserve.server.engine import EngineClient
 from kunserve.server.errors import HttpError, json_response, to_http_error
-from kunserve.server.metrics import SequenceTimer, ServerMetrics
+from kunserve.server.metrics import RequestTimer, SequenceTimer, ServerMetrics
 from kunserve.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     GenerationRequest,
     Prompt,
+    RequestT,
     parse_request,
 )
 from kunserve.server.settings import ServerConfig
@@ -76,13 +76,11 @@ class Service:
         """Refuse early, before a body is tokenised.
 
         Raises:
-            ServiceUnavailableError: the engine starts, drains or has no instance left.
+            ServiceUnavailableError: the engine drains. Where no instance takes requests just now
+                it is the engine that knows whether one may come back: then they wait.
         """
-        status = self.engine.status()
-        if status.draining:
+        if self.engine.status().draining:
             raise ServiceUnavailableError("the server is shutting down")
-        if not status.ready:
-            raise ServiceUnavailableError("no instance is ready yet; try again shortly")
 
     def resolve_model(self, name: str | None) -> str:
         """The served name that a request means.
@@ -99,26 +97,63 @@ class Service:
 
 
 class Gate:
-    """Bounds how many requests hold a body that is not yet in the engine's own bounded queue."""
+    """Bounds the requests whose bodies are not yet in the engine's own bounded queue: how many
+    there are, and how many bytes their bodies have together."""
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._inside = 0
+    def __init__(self, max_requests: int, max_bytes: int) -> None:
+        self._free_places = max_requests
+        self._free_bytes = max_bytes
 
     @contextlib.contextmanager
-    def enter(self) -> Iterator[None]:
-        """Hold one place.
+    def enter(self) -> Iterator[Place]:
+        """Hold one place, until the end of the context if it is not left earlier.
 
         Raises:
             QueueFullError: there is none.
         """
-        if self._inside >= self._limit:
+        if self._free_places < 1:
             raise QueueFullError("too many requests are being read; try again shortly")
-        self._inside += 1
+        self._free_places -= 1
+        place = Place(self)
         try:
-            yield
+            yield place
         finally:
-            self._inside -= 1
+            place.leave()
+
+    def take_bytes(self, count: int) -> None:
+        """Count bytes of a body (see `Place.grow`)."""
+        if count > self._free_bytes:
+            raise QueueFullError("too many bytes of requests are being read; try again shortly")
+        self._free_bytes -= count
+
+    def give_back(self, count: int) -> None:
+        """A place with a body of `count` bytes is free again."""
+        self._free_places += 1
+        self._free_bytes += count
+
+
+class Place:
+    """One request's share of a `Gate`."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+        self._num_bytes = 0
+        self._left = False
+
+    def grow(self, count: int) -> None:
+        """The body has `count` bytes more.
+
+        Raises:
+            QueueFullError: all bodies together are too large.
+        """
+        self._gate.take_bytes(count)
+        self._num_bytes += count
+
+    def leave(self) -> None:
+        """Free the place; only the first call counts."""
+        if not self._left:
+            self._left = True
+            self._gate.give_back(self._num_bytes)
 
 
 @dataclass(frozen=True)
@@ -127,6 +162,7 @@ class Generation:
 
     specs: tuple[SequenceSpec, ...]
     states: tuple[SequenceState, ...]
+    timer: RequestTimer
     timers: tuple[SequenceTimer, ...]
     format: AnswerFormat
 
@@ -161,36 +197,47 @@ class GenerationEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        arrival_s = time.monotonic()
-        with contextlib.suppress(ClientDisconnect):
-            with self._gate.enter():
-                body = await self._read(Request(scope, receive))
-            await run_until_disconnect(receive, self._serve(body, arrival_s, scope, send))
+        timer = RequestTimer(self._service.metrics)
+        try:
+            with self._gate.enter() as place:
+                body = await self._read(Request(scope, receive), place)
+                await run_until_disconnect(receive, self._serve(body, place, timer, scope, send))
+        except ClientDisconnect:
+            pass
+        except Exception as error:
+            timer.fail(error)
+            raise
+        finally:
+            timer.close()
 
-    async def _read(self, request: Request) -> bytes:
+    async def _read(self, request: Request, place: Place) -> bytearray:
         self._service.check_available()
+        body = bytearray()
         try:
             async with asyncio.timeout(self._service.config.body_timeout_s):
-                return await request.body()
+                async for piece in request.stream():
+                    place.grow(len(piece))
+                    body += piece
         except TimeoutError:
             raise HttpError(408, "the request body did not arrive in time") from None
+        return body
 
-    async def _serve(self, body: bytes, arrival_s: float, scope: Scope, send: Send) -> None:
-        with self._gate.enter():
-            generation = await self._prepare(body, arrival_s)
-        try:
-            async with TokenStreams(
-                self._service.engine, generation.specs, generation.timers
-            ) as streams:
-                if generation.format.envelope.options.stream:
-                    await _send_stream(generation, streams, send)
-                else:
-                    await _send_whole(generation, streams, scope, send)
-        finally:
-            for timer in generation.timers:
-                timer.end(FinishReason.ABORT.value)
+    async def _serve(
+        self, body: bytearray, place: Place, timer: RequestTimer, scope: Scope, send: Send
+    ) -> None:
+        generation = await self._prepare(body, timer)
+        place.leave()
+        async with TokenStreams(
+            self._service.engine, generation.specs, generation.timers
+        ) as streams:
+            if generation.format.envelope.options.stream:
+                await _send_stream(generation, streams, send)
+            else:
+                await _send_whole(generation, streams, scope, send)
 
-    async def _prepare(self, body: bytes, arrival_s: float) -> Generation:
+    async def _prepare(self, body: bytearray, timer: RequestTimer) -> Generation:
+        """Parse and tokenise. The body is empty afterwards: of it and of the prompt's text nothing
+        is kept while the request runs."""
         raise NotImplementedError
 
     def _generation(
@@ -198,7 +245,7 @@ class GenerationEndpoint:
         request: CompletionRequest | ChatCompletionRequest,
         prompts: Sequence[tuple[int, ...]],
         identity: str,
-        arrival_s: float,
+        timer: RequestTimer,
     ) -> Generation:
         """Turn tokenised prompts into sequences.
 
@@ -242,10 +289,10 @@ class GenerationEndpoint:
                 states.append(
                     SequenceState(index, prompt, text, stop.include_in_output, not options.stream)
                 )
-                timers.append(SequenceTimer(service.metrics, arrival_s, len(prompt)))
+                timers.append(timer.sequence(len(prompt)))
             service.metrics.n.observe(request.count)
             service.metrics.max_tokens.observe(max_tokens)
-        return Generation(tuple(specs), tuple(states), tuple(timers), self._format(envelope))
+        return Generation(tuple(specs), tuple(states), timer, tuple(timers), self._format(envelope))
 
     def _format(self, envelope: Envelope) -> AnswerFormat:
         raise NotImplementedError
@@ -257,13 +304,13 @@ class CompletionEndpoint(GenerationEndpoint):
     def _format(self, envelope: Envelope) -> AnswerFormat:
         return CompletionFormat(envelope)
 
-    async def _prepare(self, body: bytes, arrival_s: float) -> Generation:
-        request = parse_request(body, CompletionRequest)
+    async def _prepare(self, body: bytearray, timer: RequestTimer) -> Generation:
+        request = _take_request(body, CompletionRequest)
         service = self._service
         service.resolve_model(request.model)
         prompts = request.prompts(service.engine.vocab_size, service.config.max_sequences)
         encoded = [await self._encode(prompt, request) for prompt in prompts]
-        return self._generation(request, encoded, f"cmpl-{uuid.uuid4().hex}", arrival_s)
+        return self._generation(request, encoded, f"cmpl-{uuid.uuid4().hex}", timer)
 
     async def _encode(self, prompt: Prompt, request: GenerationRequest) -> tuple[int, ...]:
         service = self._service
@@ -283,8 +330,8 @@ class ChatEndpoint(GenerationEndpoint):
     def _format(self, envelope: Envelope) -> AnswerFormat:
         return ChatFormat(envelope)
 
-    async def _prepare(self, body: bytes, arrival_s: float) -> Generation:
-        request = parse_request(body, ChatCompletionRequest)
+    async def _prepare(self, body: bytearray, timer: RequestTimer) -> Generation:
+        request = _take_request(body, ChatCompletionRequest)
         service = self._service
         service.resolve_model(request.model)
         prompt = await service.tokenizer.encode_chat(
@@ -297,7 +344,15 @@ class ChatEndpoint(GenerationEndpoint):
         )
         if not prompt:
             raise InvalidRequestError("the chat template gave an empty prompt", "messages")
-        return self._generation(request, [prompt], f"chatcmpl-{uuid.uuid4().hex}", arrival_s)
+        return self._generation(request, [prompt], f"chatcmpl-{uuid.uuid4().hex}", timer)
+
+
+def _take_request(body: bytearray, model: type[RequestT]) -> RequestT:
+    """Parse `body` and free it, whoever else still refers to it."""
+    try:
+        return parse_request(body, model)
+    finally:
+        body.clear()
 
 
 async def _send_whole(
@@ -323,6 +378,7 @@ async def _send_stream(generation: Generation, streams: TokenStreams, send: Send
     except OSError:  # the client went away while we wrote; there is nobody to tell
         return
     except Exception as error:  # the status is out: all that is left is an event
+        generation.timer.fail(error)
         http_error = to_http_error(error)
         unexpected = not isinstance(error, KunserveError)
         logger.log(

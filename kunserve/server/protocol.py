@@ -2,6 +2,9 @@
 
 A field that kunserve does not know is accepted and ignored, as in vLLM. A field that it knows but
 does not support, and that would change the answer, is refused by name (`_UNSUPPORTED`).
+
+Token ids outside of the vocabulary are refused wherever they stand, `stop_token_ids` too: the
+sampler could never draw one, so it is a client's mistake that would otherwise go unseen.
 """
 
 from __future__ import annotations
@@ -149,14 +152,7 @@ class GenerationRequest(BaseModel):
     best_of: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: (
-        Annotated[str, Field(max_length=MAX_STOP_CHARS)]
-        | Annotated[
-            list[Annotated[str, Field(max_length=MAX_STOP_CHARS)]],
-            Field(max_length=MAX_STOP_STRINGS),
-        ]
-        | None
-    ) = None
+    stop: Any = None  # checked by `stop_conditions`, whose messages name the limits
     include_stop_str_in_output: bool | None = None
     stop_token_ids: Annotated[list[StrictInt], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     ignore_eos: bool | None = None
@@ -173,9 +169,10 @@ class GenerationRequest(BaseModel):
         """Refuse what would change the answer and is not supported; log what is ignored.
 
         Raises:
-            InvalidRequestError: names the field, or `n` is out of range.
+            InvalidRequestError: names the field, or `n` or `stop` is out of range.
         """
         count = self.count
+        self.stop_conditions()
         if self.best_of is not None and self.best_of != count:
             raise InvalidRequestError("best_of is not supported; use n", "best_of")
         if self.stream_options is not None and not self.stream:
@@ -211,14 +208,26 @@ class GenerationRequest(BaseModel):
         """Stop strings.
 
         Raises:
-            InvalidRequestError: an empty stop string.
+            InvalidRequestError: not text, or too many, too long or empty.
         """
-        stop = self.stop if self.stop is not None else []
-        strings = (stop,) if isinstance(stop, str) else tuple(stop)
+        stop = [] if self.stop is None else self.stop
+        strings = (stop,) if isinstance(stop, str) else stop
+        if not isinstance(strings, list | tuple) or not all(isinstance(s, str) for s in strings):
+            raise InvalidRequestError("stop must be a string or a list of strings", "stop")
+        if len(strings) > MAX_STOP_STRINGS:
+            raise InvalidRequestError(
+                f"stop has {len(strings)} strings; at most {MAX_STOP_STRINGS} are allowed", "stop"
+            )
+        longest = max(map(len, strings), default=0)
+        if longest > MAX_STOP_CHARS:
+            raise InvalidRequestError(
+                f"stop has a string of {longest} characters; at most {MAX_STOP_CHARS} are allowed",
+                "stop",
+            )
         if not all(strings):
             raise InvalidRequestError("stop must not contain an empty string", "stop")
         return StopConditions(
-            strings, bool(self.include_stop_str_in_output), max(0, self.min_tokens or 0)
+            tuple(strings), bool(self.include_stop_str_in_output), max(0, self.min_tokens or 0)
         )
 
     def first_seed(self, generator: random.Random) -> int:
@@ -484,7 +493,7 @@ def max_output_tokens(
 RequestT = TypeVar("RequestT", bound=GenerationRequest)
 
 
-def parse_request(body: bytes, model: type[RequestT]) -> RequestT:
+def parse_request(body: bytes | bytearray, model: type[RequestT]) -> RequestT:
     """Parse and check a request body. Nesting is bounded at 200 levels, and NaN is no JSON.
 
     Raises:

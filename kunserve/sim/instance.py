@@ -1,8 +1,8 @@
-"""An instance process in virtual time: the production scheduler, a toy executor.
+"""An instance process in virtual time: the production member, a toy executor.
 
-It follows `kunserve.runtime.instance` turn by turn: messages in, a finished step, the next step,
-a report, a heartbeat. Only leaves differ: a step's result is there after the time that the cost
-model gives it, and messages go through a delaying link.
+It drives `kunserve.policy.member` as `kunserve.runtime.instance` does. Only leaves differ: a step's
+result is there after the time that the cost model gives it, and messages go through a delaying
+link.
 """
 
 from __future__ import annotations
@@ -11,30 +11,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from kunserve.core.errors import AccountingError, InvalidRequestError
-from kunserve.core.events import (
-    FormGroup,
-    GroupReport,
-    Heartbeat,
-    InstanceReady,
-    LeaseRequest,
-    RevokeLease,
-    StepTiming,
-)
-from kunserve.core.ids import InstanceId, RequestId, SlotId
-from kunserve.core.request import TokenOutput
+from kunserve.core.errors import AccountingError
+from kunserve.core.events import FormGroup, GroupReport, Heartbeat, InstanceReady
+from kunserve.core.ids import Epoch, InstanceId, RequestId, SlotId
 from kunserve.core.step import StepPlan, StepResult
 from kunserve.policy.blocks import BlockPool
 from kunserve.policy.cost_model import ChunkShape, CostModel
+from kunserve.policy.member import Member, MemberMessage
 from kunserve.policy.scheduler import Scheduler, SchedulerConfig
 from kunserve.sim.timeline import FOREVER_NS, MICROSECOND_NS, MILLISECOND_NS, Timeline
-from kunserve.sim.toy_model import ToyExecutor
+from kunserve.sim.toy_model import ProcessKilledError, ToyExecutor
 
 HEARTBEAT_INTERVAL_NS = 500 * MILLISECOND_NS
 WAKE_NS = 20 * MICROSECOND_NS
 """From a message's arrival to the control thread's turn: what comes meanwhile shares the turn."""
 
-DownMessage = FormGroup | LeaseRequest | RevokeLease
+DownMessage = MemberMessage
 UpMessage = InstanceReady | GroupReport | Heartbeat
 
 
@@ -82,23 +74,20 @@ class SimInstance:
         self.incarnation = incarnation
         self.is_alive = True
         self.is_loading = True
+        self.killed_by: RequestId | None = None
+        """The request that ended this process."""
         self._config = config
         self._timeline = timeline
         self._post = send
         self._end = end
         self._pool: BlockPool | None = None
-        self._scheduler: Scheduler | None = None
+        self._member = Member(instance, incarnation, self._make_scheduler)
         self._executor = ToyExecutor(config.scheduler.block_size)
-        self._group: FormGroup | None = None
         self._inbox: list[DownMessage] = []
         self._flight: _Flight | None = None
-        self._refused: list[tuple[RequestId, str]] = []
-        self._changed = False
         self._is_woken = False
-        self._steps = 0
         self._execute_ns = 0
         self._layers_done = 0
-        self._layers_reported = 0
         self._frozen_until_ns = 0
         self._stuck_since_ns = FOREVER_NS
         self._slow_until_ns = 0
@@ -141,17 +130,17 @@ class SimInstance:
     @property
     def group(self) -> FormGroup | None:
         """The group it was told to lead."""
-        return self._group
+        return self._member.group
 
     @property
     def preemptions(self) -> int:
         """Preemptions of its scheduler so far."""
-        return self._scheduler.load().preemptions if self._scheduler else 0
+        return self._member.preemptions
 
     def is_idle(self) -> bool:
         """No message is unread, no request leased, no step under way, no end foreseen."""
-        has_work = self._scheduler is not None and self._scheduler.has_work()
-        return not (self._inbox or has_work or self._messages_left is not None)
+        has_end = self._messages_left is not None
+        return not (self._inbox or self._member.has_work() or has_end)
 
     def hung_until_ns(self) -> int:
         """Until when it makes no progress: 0 for one that never stood still."""
@@ -160,13 +149,10 @@ class SimInstance:
 
     def check(self) -> None:
         """Raise AccountingError unless blocks and queues add up, and idle means empty."""
-        if self._scheduler is None or self._pool is None:
-            return
-        self._scheduler.check()
-        if not self._scheduler.has_work() and self._pool.referenced_blocks:
-            raise AccountingError(
-                f"instance {self.instance} is idle and holds {self._pool.referenced_blocks} blocks"
-            )
+        self._member.check()
+        held = self._pool.referenced_blocks if self._pool is not None else 0
+        if held and not self._member.has_work():
+            raise AccountingError(f"instance {self.instance} is idle and holds {held} blocks")
 
     # ------------------------------------------------------------ turns
 
@@ -192,22 +178,18 @@ class SimInstance:
     def _beat(self) -> None:
         """A turn, and a heartbeat unless the step under way stands still."""
         self._turn()
-        layers = self._layers_now()
-        is_stuck = self._flight is not None and layers == self._layers_reported
-        self._layers_reported = layers
-        if not is_stuck:
-            self._send(Heartbeat(self.instance, self.incarnation))
+        heartbeat = self._member.heartbeat(self._layers_now())
+        if heartbeat is not None:
+            self._send(heartbeat)
         self._timeline.after(HEARTBEAT_INTERVAL_NS, partial(self._when_running, self._beat))
 
     def _turn(self) -> None:
         self._is_woken = False
         messages, self._inbox = self._inbox, []
         for message in messages:
-            self._read(message)
-        outputs = self._finish_step()
+            self._member.take(message)
+        self._finish_step()
         self._start_step()
-        if outputs is not None or (self._changed and self._flight is None):
-            self._report(outputs or ())
         self.check()
 
     def _send(self, message: UpMessage) -> None:
@@ -220,53 +202,35 @@ class SimInstance:
             if self._messages_left == 0:
                 self._end()
 
-    # ------------------------------------------------------------ messages
+    # ------------------------------------------------------------ steps
 
-    def _read(self, message: DownMessage) -> None:
-        if isinstance(message, FormGroup):
-            self._form_group(message)
-        elif self._scheduler is None or not self._leads(message):
-            return
-        elif isinstance(message, LeaseRequest):
-            self._lease(message, self._scheduler)
-        else:
-            self._scheduler.abort(message.request_id)
-            self._changed = True
-
-    def _form_group(self, message: FormGroup) -> None:
-        if self._flight is not None:
-            raise AccountingError("a group cannot be formed while a step is under way")
+    def _make_scheduler(self, epoch: Epoch) -> Scheduler:
         config, slot = self._config, SlotId(int(self.instance))
         pages = -(-config.total_blocks // config.blocks_per_page)
         self._pool = BlockPool(
             pages * config.blocks_per_page, config.blocks_per_page, {slot: config.total_blocks}
         )
-        self._scheduler = Scheduler(config.scheduler, self._pool, config.cost_model, message.epoch)
-        self._group = message
-        self._changed = True
-
-    def _leads(self, message: LeaseRequest | RevokeLease) -> bool:
-        group = self._group
-        return group is not None and (group.group, group.epoch) == (message.group, message.epoch)
-
-    def _lease(self, message: LeaseRequest, scheduler: Scheduler) -> None:
-        self._changed = True
-        try:
-            scheduler.add(message.request)
-        except InvalidRequestError as error:
-            self._refused.append((message.request.id, str(error)))
-
-    # ------------------------------------------------------------ steps
+        return Scheduler(config.scheduler, self._pool, config.cost_model, epoch)
 
     def _start_step(self) -> None:
-        if self._scheduler is None or self._flight is not None:
+        """Report, then compute: the step may end the process."""
+        plan = self._member.next_plan(self._timeline.now_ns)
+        report = self._member.take_report(self._execute_ns)
+        if report is not None:
+            self._send(report)
+        if plan is not None and self.is_alive:
+            self._compute(plan)
+
+    def _compute(self, plan: StepPlan) -> None:
+        begin_ns = self._timeline.now_ns
+        end_ns = begin_ns + self._step_ns(plan)
+        try:
+            self._flight = _Flight(plan, self._executor.execute(plan), begin_ns, end_ns)
+        except ProcessKilledError as error:
+            # At once: what it has just said may be lost with it.
+            self.killed_by = error.request_id
+            self._end()
             return
-        now_ns = self._timeline.now_ns
-        plan = self._scheduler.schedule(now_ns)
-        if plan is None:
-            return
-        end_ns = now_ns + self._step_ns(plan)
-        self._flight = _Flight(plan, self._executor.execute(plan), now_ns, end_ns)
         self._timeline.at(end_ns, partial(self._when_running, self._wake))
 
     def _step_ns(self, plan: StepPlan) -> int:
@@ -274,21 +238,16 @@ class SimInstance:
         factor = self._slow_factor if self._timeline.now_ns < self._slow_until_ns else 1
         return max(1, round(self._config.cost_model.step_ns(shapes))) * factor
 
-    def _finish_step(self) -> tuple[TokenOutput, ...] | None:
+    def _finish_step(self) -> None:
         flight = self._flight
-        if flight is None or self._scheduler is None:
-            return None
+        if flight is None:
+            return
         if self._timeline.now_ns < flight.end_ns or self._stuck_since_ns <= flight.end_ns:
-            return None
-        for request_id, message in flight.result.failed:
-            self._scheduler.abort(request_id)
-            self._refused.append((request_id, message))
-        outputs = self._scheduler.update(flight.plan, flight.result, self._timeline.now_ns)
+            return
+        self._member.finish_step(flight.result, self._timeline.now_ns)
         self._flight = None
-        self._steps += 1
         self._layers_done += self._config.num_layers
         self._execute_ns += flight.end_ns - flight.begin_ns
-        return outputs
 
     def _layers_now(self) -> int:
         """Layers computed since the start, those of the step under way included."""
@@ -299,22 +258,3 @@ class SimInstance:
         elapsed_ns = max(0, at_ns - flight.begin_ns)
         layers = elapsed_ns * self._config.num_layers // (flight.end_ns - flight.begin_ns)
         return self._layers_done + layers
-
-    def _report(self, outputs: tuple[TokenOutput, ...]) -> None:
-        if self._group is None or self._scheduler is None:
-            return
-        report = GroupReport(
-            instance=self.instance,
-            incarnation=self.incarnation,
-            group=self._group.group,
-            epoch=self._group.epoch,
-            step=self._steps,
-            outputs=outputs,
-            started=self._scheduler.newly_started(),
-            load=self._scheduler.load(),
-            refused=tuple(self._refused),
-            timing=StepTiming(self._steps, self._execute_ns, 0),
-        )
-        self._refused.clear()
-        self._changed = False
-        self._send(report)

@@ -5,6 +5,7 @@ Safety, after every event:
     tokens      each request's stream is its reference stream, every token once and in order
     leases      a request is leased to one living group at a time, with exactly the tokens delivered
     refusals    each has a reason that is true when it is given, and no request ends otherwise
+    deaths      no request ends more instances than a request may before it is given up
     groups      (group, epoch) is never reused
     kills       nothing that makes progress is killed
     drain       complete exactly when nothing is left
@@ -30,7 +31,7 @@ from kunserve.core.events import (
 )
 from kunserve.core.ids import Epoch, GroupId, InstanceId, RequestId
 from kunserve.core.request import Request, TokenOutput
-from kunserve.sim.toy_model import POISON_TOKEN_ID, reference_outputs
+from kunserve.sim.toy_model import KILLER_TOKEN_ID, POISON_TOKEN_ID, reference_outputs
 
 
 class LawBrokenError(KunserveError):
@@ -63,7 +64,7 @@ class Stream:
 
     request: Request
     expected: tuple[TokenOutput, ...]
-    is_servable: bool
+    fits: bool
     state: StreamState = StreamState.OPEN
     refusal: RefusalKind | None = None
     delivered: int = 0
@@ -71,6 +72,12 @@ class Stream:
     leased_to: InstanceId | None = None
     leases: int = 0
     losses: int = 0
+    deaths: int = 0
+
+    @property
+    def is_poison(self) -> bool:
+        """Its rows give no token."""
+        return POISON_TOKEN_ID in self.request.prompt_token_ids
 
 
 class Laws:
@@ -102,10 +109,10 @@ class Laws:
     def submitted(self, request: Request) -> None:
         """A client hands in a request."""
         needed = len(request.prompt_token_ids) + request.params.max_tokens
-        is_poison = POISON_TOKEN_ID in request.prompt_token_ids
-        is_servable = needed <= self._max_request_tokens and not is_poison
-        expected = reference_outputs(request, self._eos_token_ids) if is_servable else ()
-        self._streams[request.id] = Stream(request, expected, is_servable)
+        fits = needed <= self._max_request_tokens
+        has_tokens = fits and not {POISON_TOKEN_ID, KILLER_TOKEN_ID} & {*request.prompt_token_ids}
+        expected = reference_outputs(request, self._eos_token_ids) if has_tokens else ()
+        self._streams[request.id] = Stream(request, expected, fits)
 
     def aborted(self, request_id: RequestId) -> None:
         """A client has gone."""
@@ -124,6 +131,16 @@ class Laws:
             if stream.leased_to == instance:
                 stream.leased_to = None
                 stream.losses += 1
+
+    def instance_killed_by(self, request_id: RequestId) -> None:
+        """A process ended because it computed this request.
+
+        Raises:
+            LawBrokenError: it was let loose on too many.
+        """
+        stream = self._streams[request_id]
+        stream.deaths += 1
+        _law(stream.deaths <= self._max_losses, f"{request_id} ended {stream.deaths} instances")
 
     # ------------------------------------------------------------ what came out
 
@@ -169,7 +186,9 @@ class Laws:
         stream = self._open_stream(command.request_id, "refusal")
         is_new = not stream.leases
         if command.kind is RefusalKind.INVALID:
-            is_true = not stream.is_servable
+            is_true = not stream.fits
+        elif command.kind is RefusalKind.FAILED:
+            is_true = stream.is_poison and stream.leased_to is not None
         elif command.kind is RefusalKind.QUEUE_FULL:
             # The new one is open as well. The front may not yet know of all that started, so it
             # counts at least those of which no report has come.

@@ -13,7 +13,7 @@ from kunserve.policy.scheduler import SchedulerConfig
 from kunserve.sim.faults import Fault, draw_faults
 from kunserve.sim.instance import SimInstanceConfig
 from kunserve.sim.timeline import MICROSECOND_NS, MILLISECOND_NS, SECOND_NS, SpanNs
-from kunserve.sim.toy_model import EOS_TOKEN_ID, POISON_TOKEN_ID, VOCAB_SIZE
+from kunserve.sim.toy_model import EOS_TOKEN_ID, KILLER_TOKEN_ID, POISON_TOKEN_ID, VOCAB_SIZE
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,14 @@ class Scenario:
 @dataclass(frozen=True)
 class ScenarioLimits:
     """How large and how hard a drawn scenario may be. `poison_share`: of the requests, those
-    whose rows give no token."""
+    whose rows give no token; `killer_share`: those that end the process that computes them."""
 
     max_instances: int = 4
     max_requests: int = 24
     max_faults: int = 5
     arrivals_ns: int = 8 * SECOND_NS
     poison_share: float = 0.0
+    killer_share: float = 0.0
 
 
 def draw_scenario(rng: Random, limits: ScenarioLimits = ScenarioLimits()) -> Scenario:
@@ -143,6 +144,8 @@ def _draw_arrivals(
         prompt = rng.choice(prefixes) + _draw_tokens(rng, rng.randint(1, 12))
         if rng.random() < limits.poison_share:
             prompt = (*prompt, POISON_TOKEN_ID)
+        if limits.killer_share and rng.random() < limits.killer_share:
+            prompt = (*prompt, KILLER_TOKEN_ID)
         request = Request(
             id=RequestId(f"r{number}"),
             prompt_token_ids=prompt,

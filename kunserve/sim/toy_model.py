@@ -12,7 +12,7 @@ import zlib
 from array import array
 from collections.abc import Sequence
 
-from kunserve.core.errors import AccountingError
+from kunserve.core.errors import AccountingError, KunserveError
 from kunserve.core.ids import BlockId, RequestId
 from kunserve.core.request import FinishReason, Request, TokenOutput
 from kunserve.core.step import Chunk, SampledToken, StepPlan, StepResult
@@ -22,6 +22,16 @@ EOS_TOKEN_ID = 0
 POISON_TOKEN_ID = VOCAB_SIZE
 """In a prompt: every row that samples gives logits that are not finite."""
 POISON_MESSAGE = "the logits are not finite"
+KILLER_TOKEN_ID = VOCAB_SIZE + 1
+"""In a prompt: the process that computes it ends in that step."""
+
+
+class ProcessKilledError(KunserveError):
+    """A step ended its process, as a segmentation fault does. `request_id`: whose chunk it was."""
+
+    def __init__(self, request_id: RequestId) -> None:
+        super().__init__(f"request {request_id} ended the process")
+        self.request_id = request_id
 
 
 def next_cell(previous: int, token_id: int) -> int:
@@ -71,7 +81,11 @@ class ToyExecutor:
 
         Raises:
             AccountingError: a chunk's request was not started.
+            ProcessKilledError: a chunk holds KILLER_TOKEN_ID.
         """
+        for chunk in plan.chunks:
+            if KILLER_TOKEN_ID in chunk.token_ids:
+                raise ProcessKilledError(chunk.request_id)
         for request_id in plan.released:
             self._started.pop(request_id, None)
         for request in plan.started:

@@ -1,4 +1,4 @@
-"""The simulated world: the production controller and schedulers in virtual time.
+"""The simulated world: the production controller and members in virtual time.
 
     for command in controller.handle(event, now_ns):
         world.perform(command)
@@ -350,7 +350,10 @@ class World:
         self._end_process(process, command.reason)
 
     def _end_by_itself(self, instance: InstanceId) -> None:
-        self._end_process(self._processes[instance], "killed by SIGSEGV")
+        process = self._processes[instance]
+        if process.instance.killed_by is not None:
+            self._laws.instance_killed_by(process.instance.killed_by)
+        self._end_process(process, "killed by SIGSEGV")
 
     def _end_process(self, process: _Process, reason: str) -> None:
         """The process ends now; the front learns of it later."""

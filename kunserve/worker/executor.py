@@ -27,7 +27,7 @@ class Executor:
         self._block_size = block_size
 
     def execute(self, plan: StepPlan, cancelled: Callable[[], bool]) -> StepResult:
-        """Compute a plan. `cancelled` is asked before every layer.
+        """Compute a plan. `cancelled` is asked before every layer and before the head.
 
         Raises:
             AccountingError: the plan does not fit what was started, or its tables its positions.
@@ -58,4 +58,6 @@ class Executor:
         batch = self._kernels.prepare_batch(inputs.batch)
         hidden = self._decoder.embed(inputs.token_ids)
         self._decoder.run_layers(hidden, batch, cancelled)
+        if cancelled():
+            raise StepCancelledError("the step was cancelled before its head; schedule it again")
         return self._decoder.logits(hidden, inputs.sample_rows)

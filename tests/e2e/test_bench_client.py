@@ -39,6 +39,7 @@ class FakeServer:
 
     base_url: str = ""
     answer: Callable[[Body], Response] | None = None
+    models: Response | None = None
     bodies: list[Body] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     client_ports: list[int] = field(default_factory=list)
@@ -151,8 +152,8 @@ def make_app(server: FakeServer) -> FastAPI:
     app = FastAPI()
 
     @app.get("/v1/models")
-    async def models() -> Body:
-        return {"data": [{"id": "fake-model"}]}
+    async def models() -> Response:
+        return server.models or JSONResponse({"data": [{"id": "fake-model"}]})
 
     @app.post("/v1/completions")
     @app.post("/v1/chat/completions")
@@ -459,7 +460,7 @@ def test_failed_requests_exit_with_1(
         (("--vocab-high", "5"), "vocab"),
         (("--json", "/no/such/dir/out.json"), "--json"),
         (("--base-url", "nonsense"), "base URL"),
-        (("--base-url", "http://127.0.0.1:9"), "cannot ask"),
+        (("--base-url", "http://host:port"), "base URL"),
     ],
 )
 def test_bad_input_exits_with_2_and_one_line(
@@ -468,6 +469,41 @@ def test_bad_input_exits_with_2_and_one_line(
     assert command(*flags) == 2
     captured = capsys.readouterr()
     assert expected in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def refuse_models(server: FakeServer) -> None:
+    server.models = JSONResponse({"error": {"message": "missing or wrong API key"}}, 401)
+
+
+def serve_a_page(server: FakeServer) -> None:
+    server.models = PlainTextResponse("<html>")
+
+
+def stop_listening(server: FakeServer) -> None:
+    server.base_url = "http://127.0.0.1:9"
+
+
+@pytest.mark.parametrize(
+    ("prepare", "expected"),
+    [
+        (refuse_models, "the server answered 401: missing or wrong API key"),
+        (serve_a_page, "names no model"),
+        (stop_listening, "cannot ask"),
+    ],
+)
+def test_a_server_that_cannot_be_asked_exits_with_1_and_one_line(
+    server: FakeServer,
+    capsys: pytest.CaptureFixture[str],
+    prepare: Callable[[FakeServer], None],
+    expected: str,
+) -> None:
+    prepare(server)
+    assert command("--base-url", server.base_url, "--api-key", "wrong", *SHORT) == 1
+    captured = capsys.readouterr()
+    assert expected in captured.err
+    assert "mozilla" not in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
 

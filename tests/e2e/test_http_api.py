@@ -1,13 +1,15 @@
 """The HTTP application behind a real uvicorn, with real clients; only the engine is a stand-in."""
 
 import asyncio
+import gc
 import http.client
 import json
 import socket
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,10 @@ from kunserve.core.errors import (
     QueueFullError,
     ServiceUnavailableError,
 )
+from kunserve.core.ids import InstanceId
+from kunserve.server import app
 from kunserve.server.app import create_app
+from kunserve.server.openai_api import Gate
 from kunserve.server.settings import GenerationDefaults, ServerConfig
 from kunserve.server.tokenizer import Tokenizer
 from tests.support.fake_engine import FakeEngine
@@ -105,10 +110,10 @@ def start(tokenizer: Tokenizer) -> Iterator[Callable[..., Server]]:
     def run(**settings: Any) -> Server:
         config = ServerConfig(**{"served_model_names": ("tiny", "other")} | settings)
         server = Server(FakeEngine(), tokenizer, config)
-        app = create_app(server.engine, tokenizer, config)
+        application = create_app(server.engine, tokenizer, config)
         listener = socket.create_server(("127.0.0.1", 0))
         server.port = listener.getsockname()[1]
-        front = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+        front = uvicorn.Server(uvicorn.Config(application, log_level="warning", lifespan="off"))
         thread = threading.Thread(target=front.run, kwargs={"sockets": [listener]})
         thread.start()
         running.append((front, thread, server))
@@ -410,10 +415,10 @@ def test_empty_prompts(server: Server):
 )
 def test_chat_templates_that_fail_or_misbehave(tmp_path: Path, template: str | None, message: str):
     plain = load_tokenizer(tmp_path, template)
-    app = create_app(FakeEngine(), plain, ServerConfig(("tiny",)))
+    application = create_app(FakeEngine(), plain, ServerConfig(("tiny",)))
 
     async def ask() -> httpx.Response:
-        transport = httpx.ASGITransport(app)
+        transport = httpx.ASGITransport(application)
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
             return await client.post("/v1/chat/completions", json={"messages": HI})
 
@@ -452,36 +457,104 @@ def test_refusals_have_their_status_in_streams_too(
     error = error_of(response, status)
     assert ("retry-after" in response.headers) == (status == 503)
     assert "secret" not in error["message"]
+    kinds = {400: "invalid", 500: "failed"}
+    kind = kinds.get(status) or (
+        "queue_full" if isinstance(failure, QueueFullError) else "unavailable"
+    )
+    assert refusals(server) == {kind: 1}
+    assert aborts(server) == 0
     server.engine.fail_before = 99
     assert server.http().post("/v1/completions", json={"prompt": "a"}).status_code == 200
 
 
 @pytest.mark.parametrize("path", POSTS)
-def test_error_in_mid_stream_is_an_event(server: Server, path: str):
+@pytest.mark.parametrize(
+    ("failure", "code", "kind"),
+    [
+        (InstanceFailedError("secret detail"), 500, "InternalServerError"),
+        (ZeroDivisionError("secret detail"), 500, "InternalServerError"),
+        (ServiceUnavailableError("the last instance was lost"), 503, "ServiceUnavailableError"),
+    ],
+)
+def test_error_in_mid_stream_is_an_event(
+    server: Server, path: str, failure: Exception, code: int, kind: str
+):
     server.engine.fail_before = 2
-    server.engine.failure = InstanceFailedError("instance 0 died")
+    server.engine.failure = failure
     *chunks, last = server.stream(path, {"prompt": "a", "messages": HI})
     assert chunks
-    assert last["error"]["code"] == 500
-    assert last["error"]["type"] == "InternalServerError"
+    assert set(last["error"]) == {"message", "type", "param", "code"}
+    assert (last["error"]["code"], last["error"]["type"]) == (code, kind)
+    assert "secret" not in last["error"]["message"]
+    assert refusals(server) == {"failed": 1}
+    assert aborts(server) == 0
 
 
-def test_not_ready_and_draining(server: Server):
+def test_an_error_after_the_first_token_of_a_whole_answer(server: Server):
+    server.engine.fail_before = 2
+    server.engine.failure = ServiceUnavailableError("the last instance was lost")
+    error_of(server.http().post("/v1/completions", json={"prompt": "a"}), 503)
+    assert refusals(server) == {"failed": 1}
+    assert aborts(server) == 0
+
+
+def test_draining(server: Server):
     client = server.http()
     assert client.get("/health/ready").status_code == 200
-    for name, value in (("ready", False), ("draining", True)):
-        setattr(server.engine, name, value)
-        response = client.post("/v1/completions", json={"prompt": "a"})
-        error_of(response, 503)
-        assert response.headers["retry-after"]
-        assert client.get("/health/ready").status_code == 503
-        assert client.get("/health").status_code == 200
-        setattr(server.engine, name, not value)
-    server.engine.healthy = False
-    assert client.get("/health").status_code == 503
-    server.engine.ready = False
+    server.engine.draining = True
+    response = client.post("/v1/completions", json={"prompt": "a"})
+    error_of(response, 503)
+    assert response.headers["retry-after"]
     with pytest.raises(openai.InternalServerError):
         server.openai().completions.create(model="tiny", prompt="a")
+    assert client.get("/health/ready").status_code == 503
+    assert client.get("/health").status_code == 200
+    assert server.engine.calls == []
+    assert refusals(server) == {"unavailable": 2}
+
+
+def test_while_no_instance_is_ready_the_engine_decides(server: Server):
+    """It parks requests for a restart, or refuses them when none will come."""
+    client = server.http()
+    server.engine.ready = server.engine.healthy = False
+    for path in ("/health", "/health/ready"):
+        assert client.get(path).status_code == 503
+    assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 200
+    server.engine.fail_before = 0
+    server.engine.failure = ServiceUnavailableError("no instance is alive")
+    response = client.post("/v1/completions", json={"prompt": "a"})
+    assert "no instance is alive" in error_of(response, 503)["message"]
+    assert response.headers["retry-after"]
+
+
+def samples(server: Server) -> dict[str, float]:
+    """Metrics by name and labels, as they are written, without the prefix."""
+    text = server.http().get("/metrics").text
+    lines = [line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")]
+    return {name.removeprefix("kunserve:"): float(value) for name, value in lines}
+
+
+def refusals(server: Server) -> dict[str, float]:
+    """What was refused so far, by kind."""
+    found = samples(server)
+    kinds = ("invalid", "queue_full", "unavailable", "failed")
+    name = 'request_refused_total{kind="%s",model_name="tiny"}'
+    return {kind: found[name % kind] for kind in kinds if found[name % kind]}
+
+
+def aborts(server: Server) -> float:
+    return samples(server)['request_success_total{finished_reason="abort",model_name="tiny"}']
+
+
+def test_refused_bodies_are_counted(start: Callable[..., Server]):
+    server = start(max_request_body_bytes=1_000)
+    post = server.http().post
+    for body in (b"{", b'{"prompt": ""}', b'{"prompt": "a", "model": "absent"}', b" " * 2_000):
+        assert post("/v1/completions", content=body).status_code in (400, 404, 413)
+    assert post("/v1/completions", content=iter([b" " * 2_000])).status_code == 413
+    assert post("/nowhere", json={}).status_code == 404
+    assert refusals(server) == {"invalid": 5}
+    assert aborts(server) == 0
 
 
 # ---------------------------------------------------------------- keys and limits
@@ -557,6 +630,94 @@ def test_requests_in_preparation_are_bounded(start: Callable[..., Server]):
     until(lambda: client.post("/v1/completions", json={"prompt": "a"}).status_code == 200)
 
 
+def test_bytes_in_preparation_are_bounded(
+    start: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+):
+    """Many bodies that each are allowed: beyond the bound 503, and the bytes come back."""
+    taken: list[int] = []
+    take_bytes = Gate.take_bytes
+
+    def note_and_take(gate: Gate, count: int) -> None:
+        take_bytes(gate, count)
+        taken.append(count)
+
+    monkeypatch.setattr(app, "MAX_PREPARING_BYTES", 10_000)
+    monkeypatch.setattr(Gate, "take_bytes", note_and_take)
+    server = start(max_request_body_bytes=10_000)
+    client = server.http()
+    body = {"prompt": "a", "user": "x" * 6_000}
+
+    def status() -> int:
+        return client.post("/v1/completions", json=body).status_code
+
+    assert [status() for _ in range(3)] == [200] * 3
+    taken.clear()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=DEADLINE_S) as first:
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 9000\r\n\r\n"
+        first.sendall(head + b" " * 6_000)
+        until(lambda: sum(taken) == 6_000)
+        response = client.post("/v1/completions", json=body)
+        assert "bytes" in error_of(response, 503)["message"]
+        assert response.headers["retry-after"]
+        assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 200
+    until(lambda: status() == 200)
+
+
+def test_a_body_larger_than_the_bound_of_all_is_allowed(
+    start: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(app, "MAX_PREPARING_BYTES", 10)
+    server = start(max_request_body_bytes=10_000)
+    assert server.http().post("/v1/completions", json={"prompt": "a"}).status_code == 200
+
+
+@pytest.mark.parametrize("path", POSTS)
+@pytest.mark.parametrize("refused", [False, True])
+def test_bodies_are_not_kept(tokenizer: Tokenizer, path: str, refused: bool):
+    """Nor their parsed fields: not while a request runs, and not by the error of a refused one.
+    Without uvicorn and a client in this process, which keep bodies of their own."""
+    size = 4 << 20
+    engine = FakeEngine(pause_before=1)
+    application = create_app(engine, tokenizer, ServerConfig(("tiny",)))
+    temperature = -1 if refused else 1
+    fields = {"prompt": "a", "messages": HI, "temperature": temperature, "user": "x" * size}
+    bodies = [json.dumps(fields).encode()]
+    del fields
+    statuses: list[int] = []
+
+    async def receive() -> dict[str, Any]:
+        if not bodies:
+            await asyncio.sleep(DEADLINE_S)
+        return {"type": "http.request", "body": bodies.pop(), "more_body": False}
+
+    async def send(message: dict[str, Any]) -> None:
+        statuses.append(message.get("status", 0))
+
+    async def ask() -> int:
+        scope = {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b""}
+        task = asyncio.create_task(application(scope, receive, send))
+        while not (engine.waiting or task.done()):
+            await asyncio.sleep(0.005)
+        await asyncio.sleep(0)
+        kept, peak = tracemalloc.get_traced_memory()
+        assert peak > size  # the body was there
+        engine.resume()
+        if not refused:
+            task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        return kept
+
+    gc.collect()
+    gc.disable()  # nothing may depend on a collection
+    tracemalloc.start()
+    try:
+        assert asyncio.run(ask()) < size / 4
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+    assert statuses[:1] == ([400] if refused else [])
+
+
 # ---------------------------------------------------------------- clients that go away
 
 
@@ -581,10 +742,8 @@ def test_disconnect_aborts(server: Server, stream: bool, pause_before: int):
     connection.close()
     until(lambda: len(server.engine.aborted) == 2)
     assert sorted(server.engine.aborted) == sorted(call.request_id for call in server.engine.calls)
-    metrics = server.http().get("/metrics").text
-    assert (
-        'kunserve:request_success_total{finished_reason="abort",model_name="tiny"} 2.0' in metrics
-    )
+    until(lambda: aborts(server) == 2)
+    assert refusals(server) == {}
 
 
 def test_disconnect_while_the_body_comes(server: Server):
@@ -630,6 +789,8 @@ def test_one_failed_sequence_aborts_the_others(server: Server):
     response = server.http().post("/v1/completions", json={"prompt": [[5], [6], [7]]})
     error_of(response, 503)
     until(lambda: len(server.engine.aborted) == 2)
+    assert refusals(server) == {"queue_full": 1}
+    assert aborts(server) == 0
 
 
 def test_tokens_that_are_ready_together_share_an_event(server: Server):
@@ -659,12 +820,10 @@ def test_metrics(server: Server):
     server.openai().completions.create(model="tiny", prompt="a", max_tokens=50)
     response = server.http().get("/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
-    samples = dict(
-        line.rsplit(" ", 1) for line in response.text.splitlines() if not line.startswith("#")
-    )
     tokens = len(server.engine.reply) + 1
-    request, instance = '{model_name="tiny"}', '{instance="0",model_name="tiny"}'
+    request, instance = '{model_name="tiny"}', '{engine="0",model_name="tiny"}'
     expected = {
+        "num_requests_owned" + request: 1,
         "num_requests_running" + instance: 3,
         "num_requests_waiting" + instance: 2,
         "kv_cache_usage_perc" + instance: 0.25,
@@ -680,5 +839,18 @@ def test_metrics(server: Server):
         "request_generation_tokens_sum" + request: tokens,
         'request_success_total{finished_reason="stop",model_name="tiny"}': 1,
     }
-    got = {name: float(samples["kunserve:" + name]) for name in expected}
-    assert got == expected
+    found = samples(server)
+    assert {name: found[name] for name in expected} == expected
+    assert 'instance="' not in response.text
+
+
+def test_an_instance_without_load_shows_zeros(server: Server, monkeypatch: pytest.MonkeyPatch):
+    (alive,) = server.engine.status().instances
+    dead = replace(alive, instance=InstanceId(1), state="dead", load=None)
+    status = replace(server.engine.status(), num_requests=4, instances=(dead,))
+    monkeypatch.setattr(server.engine, "status", lambda: status)
+    found = samples(server)
+    labels = '{engine="1",model_name="tiny"}'
+    for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
+        assert found[name + labels] == 0
+    assert found['num_requests_owned{model_name="tiny"}'] == 4

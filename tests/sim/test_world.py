@@ -33,7 +33,7 @@ from kunserve.core.events import (
 from kunserve.core.ids import BlockId, Epoch, GroupId, InstanceId, RequestId
 from kunserve.core.request import Request, SamplingParams
 from kunserve.core.step import Chunk, StepPlan
-from kunserve.policy.controller import SECOND_NS, Controller, ControllerConfig
+from kunserve.policy.controller import SECOND_NS, Controller, ControllerConfig, InstanceState
 from kunserve.policy.cost_model import CostModel
 from kunserve.policy.scheduler import SchedulerConfig
 from kunserve.sim import world as world_module
@@ -42,7 +42,7 @@ from kunserve.sim.instance import SimInstanceConfig
 from kunserve.sim.laws import FrontFacts, LawBrokenError, Laws, StreamState
 from kunserve.sim.scenario import Arrival, Delays, Scenario, ScenarioLimits, draw_scenario
 from kunserve.sim.timeline import FOREVER_NS, MILLISECOND_NS, Link, SpanNs, Timeline
-from kunserve.sim.toy_model import POISON_TOKEN_ID, ToyExecutor, reference_outputs
+from kunserve.sim.toy_model import KILLER_TOKEN_ID, POISON_TOKEN_ID, ToyExecutor, reference_outputs
 from kunserve.sim.world import Outcome, World
 
 NUM_SEEDS = 500
@@ -77,7 +77,8 @@ def test_the_laws_hold_for_every_seed(first_seed: int) -> None:
         happened["crashed"] += outcome.lost_instances - outcome.killed_instances
         happened["drained"] += outcome.is_drained
     counted = ("finished", "aborted", "failovers", "preemptions", "killed", "crashed", "drained")
-    assert all(happened[what] for what in (*counted, *RefusalKind)), happened
+    refusals = set(RefusalKind) - {RefusalKind.FAILED}  # no poison here
+    assert all(happened[what] for what in (*counted, *refusals)), happened
 
 
 def test_a_seed_gives_one_trace_in_every_process() -> None:
@@ -277,14 +278,54 @@ def test_a_row_without_a_token_ends_only_its_own_request() -> None:
     world, outcome = run(replace(scenario, arrivals=(*scenario.arrivals, poison)))
     assert (outcome.finished, outcome.lost_instances) == (3, 0)
     (refusal,) = commands(world, RefuseRequest)
-    assert (refusal.request_id, refusal.kind) == ("r9", RefusalKind.INVALID)
+    assert (refusal.request_id, refusal.kind) == ("r9", RefusalKind.FAILED)
 
 
 def test_rows_without_a_token_hold_to_the_laws_for_every_seed() -> None:
     limits = ScenarioLimits(poison_share=0.2)
+    failed = 0
     for seed in range(40):
         rng = Random(seed)
-        World(draw_scenario(rng, limits), rng).run()
+        outcome = World(draw_scenario(rng, limits), rng).run()
+        failed += outcome.refused.get(RefusalKind.FAILED, 0)
+    assert failed
+
+
+@pytest.mark.parametrize("instances", [1, 2, 3])
+@pytest.mark.parametrize("max_num_seqs", [256, 2])
+def test_a_request_that_ends_its_instances_is_given_up_and_all_others_finish(
+    instances: int, max_num_seqs: int
+) -> None:
+    """Whether or not the news that it starts outran the crash (the link draws it)."""
+    scenario = make_scenario(requests=5, instances=instances)
+    scheduler = replace(scenario.instance.scheduler, max_num_seqs=max_num_seqs)
+    late = 1_200 * MILLISECOND_NS
+    killer = Arrival(make_request(9, prompt=(1, KILLER_TOKEN_ID)))
+    for arrival in (killer, replace(killer, request=replace(killer.request, arrival_ns=late))):
+        arrivals = (*scenario.arrivals[:2], arrival, *scenario.arrivals[2:])
+        deadly = replace(
+            scenario,
+            arrivals=arrivals,
+            instance=replace(scenario.instance, scheduler=scheduler),
+        )
+        for seed in range(20):
+            world = World(deadly, Random(seed))
+            outcome = world.run()
+            assert (outcome.finished, outcome.lost_instances) == (5, 3)
+            (refusal,) = commands(world, RefuseRequest)
+            assert (refusal.request_id, refusal.kind) == ("r9", RefusalKind.UNAVAILABLE)
+            states = {record.state for record in world.controller.instances()}
+            assert states == {InstanceState.READY}
+
+
+def test_requests_that_end_their_instances_hold_to_the_laws_for_every_seed() -> None:
+    deaths = 0
+    for seed in range(60):
+        rng = Random(seed)
+        world = World(draw_scenario(rng, ScenarioLimits(killer_share=0.1)), rng)
+        world.run()
+        deaths += sum(stream.deaths for stream in world.laws.streams)
+    assert deaths > 60
 
 
 # ---------------------------------------------------------------- laws that can fail
@@ -296,6 +337,13 @@ class ForgetfulController(Controller):
     def _dispatch(self, request_id: RequestId) -> Iterator[Command]:
         if not self._requests[request_id].outputs:
             yield from super()._dispatch(request_id)
+
+
+class TrustingController(Controller):
+    """Blames no request for the end of an instance."""
+
+    def _blamed(self, orphans: list[RequestId]) -> list[RequestId]:
+        return []
 
 
 class StutteringController(Controller):
@@ -328,6 +376,14 @@ def test_a_broken_controller_breaks_a_law(
     monkeypatch.setattr(world_module, "Controller", broken)
     with pytest.raises(LawBrokenError, match=message):
         run(make_scenario(Crash(1_200 * MILLISECOND_NS, ZERO), instances=1))
+
+
+def test_a_controller_that_blames_nobody_breaks_a_law(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world_module, "Controller", TrustingController)
+    scenario = make_scenario(instances=2)
+    killer = Arrival(make_request(9, prompt=(1, KILLER_TOKEN_ID)))
+    with pytest.raises(LawBrokenError, match="r9 ended 4 instances"):
+        run(replace(scenario, arrivals=(*scenario.arrivals, killer)))
 
 
 CALM = FrontFacts(draining=False, has_given_up=False)
@@ -376,6 +432,14 @@ def test_the_laws_count_the_queue() -> None:
         laws.check_queue()
     laws.started((REQUEST.id,))
     laws.check_queue()
+
+
+def test_the_laws_count_the_instances_that_a_request_ends() -> None:
+    laws = submitted_laws()
+    for _ in range(3):
+        laws.instance_killed_by(REQUEST.id)
+    with pytest.raises(LawBrokenError, match="r1 ended 4 instances"):
+        laws.instance_killed_by(REQUEST.id)
 
 
 def test_the_laws_accept_a_stream_that_moves() -> None:

@@ -113,20 +113,26 @@ class ServerProcess:
                 self.sockets.add(name)
 
     def metrics(self, key: str | None = None) -> dict[tuple[str, str], float]:
-        """Metrics as (name without prefix, instance or ""): value, summed over other labels."""
+        """Metrics as (name without prefix, engine or ""): value, summed over other labels."""
         headers = {"authorization": f"Bearer {key}"} if key else {}
         response = httpx.get(self.url + "/metrics", timeout=DEADLINE_S, headers=headers)
         response.raise_for_status()
         values: dict[tuple[str, str], float] = {}
         for name, labels, value in _SAMPLE.findall(response.text):
-            instance = re.search(r'instance="(\d+)"', labels)
-            where = (name.removeprefix("kunserve:"), instance.group(1) if instance else "")
+            engine = re.search(r'engine="(\d+)"', labels)
+            where = (name.removeprefix("kunserve:"), engine.group(1) if engine else "")
             values[where] = values.get(where, 0.0) + float(value)
         return values
 
     def wait_idle(self, key: str | None = None) -> None:
-        """Poll /metrics until no request runs or waits and no block is in use, on any instance."""
-        gauges = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+        """Poll /metrics until the front owns no request, none runs or waits and no block is in
+        use, on any instance."""
+        gauges = (
+            "num_requests_owned",
+            "num_requests_running",
+            "num_requests_waiting",
+            "kv_cache_usage_perc",
+        )
 
         def idle() -> bool:
             values = self.metrics(key)

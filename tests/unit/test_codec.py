@@ -14,6 +14,7 @@ from kunserve.core.events import (
     Heartbeat,
     InstanceReady,
     LeaseRequest,
+    RefusalKind,
     RevokeLease,
     StepTiming,
 )
@@ -91,7 +92,7 @@ SAMPLES: dict[type, st.SearchStrategy[Any]] = {
         st.lists(outputs, max_size=4).map(tuple),
         st.lists(texts, max_size=4).map(tuple),
         loads,
-        st.lists(st.tuples(texts, texts), max_size=3).map(tuple),
+        st.lists(st.tuples(texts, st.sampled_from(RefusalKind), texts), max_size=3).map(tuple),
         timings,
     ),
     Heartbeat: st.builds(Heartbeat, counts, counts),

@@ -35,9 +35,10 @@ from kunserve.core.step import GroupLoad
 from kunserve.policy.controller import SECOND_NS, Controller, ControllerConfig, InstanceState
 
 BLOCK_SIZE, TOTAL_BLOCKS = 4, 100
-ZERO, ONE = InstanceId(0), InstanceId(1)
-A, B = RequestId("a"), RequestId("b")
+ZERO, ONE, TWO = InstanceId(0), InstanceId(1), InstanceId(2)
+A, B, C = RequestId("a"), RequestId("b"), RequestId("c")
 EPOCH = Epoch(0)
+INVALID = RefusalKind.INVALID
 IDLE = GroupLoad(TOTAL_BLOCKS, TOTAL_BLOCKS, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
@@ -106,7 +107,7 @@ def report(
     group: int = 0,
     epoch: int = 0,
     started: Sequence[RequestId] = (),
-    refused: Sequence[tuple[RequestId, str]] = (),
+    refused: Sequence[tuple[RequestId, RefusalKind, str]] = (),
     load: GroupLoad = IDLE,
 ) -> GroupReport:
     return GroupReport(
@@ -187,7 +188,7 @@ def test_a_report_of_another_epoch_group_or_incarnation_changes_nothing(
 ) -> None:
     front = serving()
     front.submit(A)
-    event = report(token(A, 5), started=[A], refused=[(A, "no")], **stale)
+    event = report(token(A, 5), started=[A], refused=[(A, INVALID, "no")], **stale)
     assert front.handle(event) == ()
     assert front.handle(report(token(A, 0))) == (DeliverTokens(A, (token(A, 0),)),)
 
@@ -197,7 +198,7 @@ def test_an_abort_takes_the_lease_back_and_later_tokens_are_dropped() -> None:
     front.submit(A)
     revoke = RevokeLease(ZERO, GroupId(0), EPOCH, A)
     assert front.handle(RequestAborted(A)) == (revoke,)
-    late = report(token(A, 0), started=[A], refused=[(A, "its row failed")])
+    late = report(token(A, 0), started=[A], refused=[(A, RefusalKind.FAILED, "its row failed")])
     assert front.handle(late) == ()
     assert front.handle(RequestAborted(A)) == ()
 
@@ -236,11 +237,11 @@ def test_a_request_beyond_the_smallest_instance_is_invalid() -> None:
     assert isinstance(front.submit(B, tokens=32)[0], LeaseRequest)
 
 
-def test_what_a_scheduler_refuses_is_refused_with_its_reason() -> None:
+@pytest.mark.parametrize("kind", [INVALID, RefusalKind.FAILED])
+def test_what_an_instance_refuses_is_refused_with_its_kind_and_reason(kind: RefusalKind) -> None:
     front = serving()
     front.submit(A)
-    kind, message = refusal(front.handle(report(refused=[(A, "the prompt has no tokens")])))
-    assert (kind, message) == (RefusalKind.INVALID, "the prompt has no tokens")
+    assert refusal(front.handle(report(refused=[(A, kind, "because")]))) == (kind, "because")
     assert front.controller.num_requests == 0
 
 
@@ -262,7 +263,7 @@ def test_a_request_leaves_the_queue_once(leaves: str) -> None:
     if leaves == "abort":
         front.handle(RequestAborted(A))
     elif leaves == "refusal":
-        front.handle(report(refused=[(A, "no")]))
+        front.handle(report(refused=[(A, INVALID, "no")]))
     else:
         front.handle(report(started=[A]))
         front.lose(ZERO)
@@ -394,7 +395,7 @@ def test_an_idle_server_is_drained_at_once() -> None:
     "end",
     [
         report(token(A, 0, FinishReason.LENGTH)),
-        report(refused=[(A, "no")]),
+        report(refused=[(A, INVALID, "no")]),
         RequestAborted(A),
     ],
 )
@@ -414,13 +415,70 @@ def test_a_draining_server_restarts_instances_for_the_requests_it_has() -> None:
     assert front.tick(5) == (StartInstance(ZERO, 1),)
 
 
-def test_a_request_under_which_instances_keep_dying_is_given_up() -> None:
+def leases(commands: tuple[Command, ...]) -> list[RequestId]:
+    return [command.request.id for command in commands if isinstance(command, LeaseRequest)]
+
+
+@pytest.mark.parametrize("is_said", [True, False])
+def test_a_request_under_which_instances_keep_dying_is_given_up(is_said: bool) -> None:
+    """Also when its instances die so early that none says that it has started."""
     front = serving(num_instances=4)
     front.submit(A)
-    front.handle(report(started=[A]))
-    kinds = [type(front.lose(InstanceId(index))[0]) for index in range(3)]
+    kinds = []
+    for index in range(3):
+        if is_said:
+            front.handle(report(instance=InstanceId(index), group=index, started=[A]))
+        kinds.append(type(front.lose(InstanceId(index))[0]))
     assert kinds == [LeaseRequest, LeaseRequest, RefuseRequest]
     assert front.controller.num_requests == 0
+
+
+def test_a_token_clears_a_request() -> None:
+    front = serving(num_instances=6)
+    front.submit(A)
+    for index in range(5):
+        if index == 2:
+            front.handle(report(token(A, 0), instance=TWO, group=2))
+        assert leases(front.lose(InstanceId(index))) == ([A] if index < 4 else [])
+    assert front.controller.num_requests == 0
+
+
+def under_trial() -> Front:
+    """a, b and c were lost together twice; instance 2 serves."""
+    front = Front(num_instances=4)
+    front.ready(ZERO)
+    for request_id in (A, B, C):
+        front.submit(request_id)
+    front.lose(ZERO)
+    assert leases(front.ready(ONE)) == [A, B, C]
+    front.lose(ONE)
+    assert leases(front.ready(TWO)) == [A]
+    return front
+
+
+def test_suspects_are_tried_one_at_a_time_and_only_the_guilty_is_given_up() -> None:
+    front = under_trial()
+    assert leases(front.submit(RequestId("d"))) == ["d"]
+    assert leases(front.handle(report(token(A, 0), instance=TWO, group=2))) == [B]
+    kind, message = refusal(front.lose(TWO))
+    assert kind is RefusalKind.UNAVAILABLE
+    assert message == "3 instances in a row were lost under this request: killed by SIGKILL"
+    assert leases(front.ready(InstanceId(3))) == [A, C, "d"]
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        RequestAborted(A),
+        report(instance=TWO, group=2, refused=[(A, INVALID, "no")]),
+        report(token(A, 0, FinishReason.STOP), instance=TWO, group=2),
+    ],
+)
+def test_the_end_of_a_trial_begins_the_next(end: Event) -> None:
+    front = under_trial()
+    assert leases(front.handle(end)) == [B]
+    assert leases(front.handle(RequestAborted(B))) == [C]
+    assert leases(front.handle(RequestAborted(C))) == []
 
 
 # ---------------------------------------------------------------- dispatch

@@ -13,6 +13,7 @@ from kunserve.core.request import SamplingParams
 from kunserve.server.errors import HttpError
 from kunserve.server.protocol import (
     MAX_STOP_CHARS,
+    MAX_STOP_STRINGS,
     ChatCompletionRequest,
     CompletionRequest,
     GenerationRequest,
@@ -276,6 +277,29 @@ def test_other_values_arrive():
     assert stop.stop_conditions().strings == ("a", "b")
     options = completion(stream=True, stream_options={"continuous_usage_stats": True})
     assert not options.output_options(None).continuous_usage
+
+
+@pytest.mark.parametrize(
+    ("stop", "message"),
+    [
+        (["x"] * 17, f"stop has 17 strings; at most {MAX_STOP_STRINGS} are allowed"),
+        ("x" * 1025, f"a string of 1025 characters; at most {MAX_STOP_CHARS} are allowed"),
+        (["a", "x" * 2000], f"a string of 2000 characters; at most {MAX_STOP_CHARS} are allowed"),
+        (["a", 1], "stop must be a string or a list of strings"),
+        (7, "stop must be a string or a list of strings"),
+        (["a", ""], "stop must not contain an empty string"),
+    ],
+)
+def test_errors_about_stop_name_the_limit(stop: Any, message: str):
+    with pytest.raises(InvalidRequestError, match=message):
+        completion(stop=stop)
+
+
+def test_the_largest_stop():
+    strings = ["x" * MAX_STOP_CHARS] * MAX_STOP_STRINGS
+    assert completion(stop=strings).stop_conditions().strings == tuple(strings)
+    assert completion(stop=None).stop_conditions().strings == ()
+    assert completion(stop=[]).stop_conditions().strings == ()
 
 
 def test_template_kwargs():
