@@ -330,7 +330,6 @@ class Cluster:
             InstanceSettings(
                 instance=command.instance,
                 incarnation=command.incarnation,
-                parent_pid=os.getpid(),
                 keys=self._link.admit(identity),
                 engine=replace(settings.engine, slot=int(command.instance)),
                 scheduler=settings.scheduler,

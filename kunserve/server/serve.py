@@ -24,7 +24,7 @@ from kunserve.config import ServeConfig
 from kunserve.core.errors import ConfigError
 from kunserve.core.ids import InstanceId
 from kunserve.core.model import ModelSpec
-from kunserve.policy.controller import ControllerConfig
+from kunserve.policy.controller import SECOND_NS, ControllerConfig
 from kunserve.policy.pages import MemoryPlan
 from kunserve.policy.scheduler import SchedulerConfig
 from kunserve.runtime.cluster import Cluster, ClusterSettings
@@ -41,7 +41,6 @@ from kunserve.worker.settings import EngineSettings, plan_instance_memory, resol
 logger = logging.getLogger("kunserve.serve")
 
 MIB = 1 << 20
-SECOND_NS = 1_000_000_000
 DRAIN_POLL_S = 0.02
 FLUSH_TIMEOUT_S = 2
 """What open responses get at least to be sent out, once nothing more is computed for them."""
