@@ -1,5 +1,5 @@
-"""The command line: `kunserve serve`, `kunserve bench engine`, `kunserve bench serve`,
-`kunserve demo`."""
+"""The command line: `kunserve serve`, `kunserve top`, `kunserve demo`, `kunserve bench engine`,
+`kunserve bench serve`."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ class Command:
 
 COMMANDS = (
     Command(("serve",), "kunserve.server.command", "serve a model over HTTP (OpenAI's API)"),
+    Command(("top",), "kunserve.server.top", "watch a running server in the terminal"),
     Command(("demo",), "kunserve.bench.demo", "serve the embedded model and show that it works"),
     Command(
         ("bench", "engine"),
@@ -65,9 +66,9 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         description="An LLM server that answers memory overload by dropping replicated parameters.",
     )
     parser.add_argument("--version", action="version", version=f"kunserve {VERSION}")
-    top = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    bench = top.add_parser("bench", help="measure")
-    levels = {1: top, 2: bench.add_subparsers(dest="bench", required=True, metavar="BENCH")}
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    bench = commands.add_parser("bench", help="measure")
+    levels = {1: commands, 2: bench.add_subparsers(dest="bench", required=True, metavar="BENCH")}
     words = tuple(word for word in argv if not word.startswith("-"))
     for command in COMMANDS:
         added = levels[len(command.words)].add_parser(command.words[-1], help=command.help_text)

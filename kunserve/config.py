@@ -29,6 +29,7 @@ MAX_COUNT = 1 << 31
 MAX_BYTES = 1 << 50
 MAX_DURATION = 1e6
 """Of the unit in the flag's name. Beyond these limits a flag is a mistake, not a wish."""
+MAX_GBPS = 1e6
 MIN_HEARTBEAT_TIMEOUT_S = 2.0
 """Instances report every 0.5 s; a shorter timeout would kill those that are only busy."""
 
@@ -92,6 +93,18 @@ class ServeConfig:
         action="append",
         metavar="KEY",
     )
+    admin_port: int | None = _flag(
+        None,
+        "port of the admin API, on the same --host; 0 takes a free one; default: off",
+        type=int,
+    )
+    admin_key: tuple[str, ...] = _flag(
+        (),
+        "key that the admin API wants as Authorization: Bearer KEY, may be repeated; needed with "
+        "--admin-port",
+        action="append",
+        metavar="KEY",
+    )
     instances: int = _flag(
         1, "replicated instances, each with a full copy of the weights", type=int
     )
@@ -124,6 +137,18 @@ class ServeConfig:
         1024, "most requests that wait for their first step; more are answered 503", type=int
     )
     enable_prefix_caching: bool = _switch(True, "reuse KV blocks of equal prompt prefixes")
+    exchange: str = _flag(
+        "coordinated",
+        "KV that moves between instances after a change of layout: coordinated lets activations go "
+        "first, uncoordinated sends it as fast as it can (for comparisons)",
+        choices=("coordinated", "uncoordinated"),
+    )
+    link_gbps: float | None = _flag(
+        None,
+        "slow every link between two instances down to this many Gbit/s (for comparisons); "
+        "default: as fast as it is",
+        type=float,
+    )
     seed: int | None = _flag(
         None, "seed of the generator that draws seeds for requests without one", type=int
     )
@@ -191,9 +216,26 @@ class ServeConfig:
             )
         if self.kv_cache_memory_bytes is not None and self.memory_bytes is not None:
             raise ConfigError("give --kv-cache-memory-bytes or --memory-bytes, not both")
-        for name in ("api_key", "served_model_name"):
+        if self.link_gbps is not None and not 0 < self.link_gbps <= MAX_GBPS:
+            raise ConfigError(
+                f"--link-gbps must be positive, at most {MAX_GBPS:g}, got {self.link_gbps:g}"
+            )
+        for name in ("api_key", "admin_key", "served_model_name"):
             if not all(getattr(self, name)):
                 raise ConfigError(f"{_flag_name(name)} must not be empty")
+        self._check_admin()
+
+    def _check_admin(self) -> None:
+        if self.admin_port is None:
+            if self.admin_key:
+                raise ConfigError("--admin-key does nothing without --admin-port; give both")
+            return
+        if not 0 <= self.admin_port <= 65535:
+            raise ConfigError(f"--admin-port must be between 0 and 65535, got {self.admin_port}")
+        if not self.admin_key:
+            raise ConfigError("--admin-port needs --admin-key: who has it can change the layout")
+        if self.admin_port == self.port != 0:
+            raise ConfigError(f"--admin-port and --port must differ, got {self.port} for both")
 
     def _check_range(self, name: str, low: int, high: int) -> None:
         value = getattr(self, name)

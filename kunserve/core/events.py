@@ -12,19 +12,33 @@ from dataclasses import dataclass
 from enum import Enum
 
 from kunserve.core.ids import Epoch, GroupId, InstanceId, RequestId
+from kunserve.core.memory import PartRuns
 from kunserve.core.request import Request, TokenOutput
 from kunserve.core.step import GroupLoad
+from kunserve.core.transition import (
+    PeerAddress,
+    TransitionOrder,
+    TransitionRecord,
+    TransitionReport,
+)
 
 # ---------------------------------------------------------------- events
 
 
 @dataclass(frozen=True)
 class InstanceReady:
-    """An instance has loaded its parts and can lead a group. Capacity in blocks of its KVCache."""
+    """An instance has loaded all parts and can be a whole instance: after its start, or again after
+    a `Reset`. Capacity in blocks of its KVCache; `num_pages` physical pages in all. `parts`: where
+    they lie, for peers. `costs`: constants of its cost model, in the order of its fields, in
+    nanoseconds. `address` is None where instances have no links (a cluster of one)."""
 
     instance: InstanceId
     incarnation: int
     total_blocks: int
+    num_pages: int = 0
+    parts: tuple[PartRuns, ...] = ()
+    costs: tuple[float, ...] = ()
+    address: PeerAddress | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +115,35 @@ class ClockTicked:
     """Time passed: look at deadlines."""
 
 
+class WishKind(Enum):
+    """What an operator asks of the layout."""
+
+    LAYOUT = "layout"
+    DROP = "drop"
+    RESTORE = "restore"
+
+
+@dataclass(frozen=True)
+class LayoutWished:
+    """Somebody wants another layout; answered once by `AnswerWish`. `groups`, for LAYOUT: a
+    partition of all instances that serve. DROP: one group of all; RESTORE: whole instances.
+    `why` goes into the log."""
+
+    wish: int
+    kind: WishKind
+    groups: tuple[tuple[InstanceId, ...], ...] = ()
+    why: str = "operator"
+
+
+@dataclass(frozen=True)
+class InstanceDrainWished:
+    """Take one instance out of service: it gets no new requests, and when the last one has ended
+    it is in no group. Answered once by `AnswerWish`, when the drain has begun."""
+
+    wish: int
+    instance: InstanceId
+
+
 Event = (
     InstanceReady
     | InstanceLost
@@ -110,6 +153,9 @@ Event = (
     | Heartbeat
     | DrainRequested
     | ClockTicked
+    | LayoutWished
+    | InstanceDrainWished
+    | TransitionReport
 )
 
 # ---------------------------------------------------------------- commands
@@ -193,6 +239,22 @@ class DrainComplete:
     """No request is left; the front may end."""
 
 
+@dataclass(frozen=True)
+class AnswerWish:
+    """The layout is as wished, or will not be and `message` says why."""
+
+    wish: int
+    granted: bool
+    message: str
+
+
+@dataclass(frozen=True)
+class LogTransition:
+    """A record for the log: at COMMIT or ABORTED, and again at the end (DONE or BROKEN)."""
+
+    record: TransitionRecord
+
+
 Command = (
     FormGroup
     | LeaseRequest
@@ -202,4 +264,7 @@ Command = (
     | StartInstance
     | KillInstance
     | DrainComplete
+    | AnswerWish
+    | LogTransition
+    | TransitionOrder
 )

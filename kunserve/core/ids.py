@@ -21,3 +21,6 @@ BlockId = NewType("BlockId", int)
 
 SlotId = NewType("SlotId", int)
 """Permanent slot of an instance inside its partner domain, 0..15."""
+
+TransitionId = NewType("TransitionId", int)
+"""Identity of one transition between layouts. Never reused within one run of the front."""

@@ -28,13 +28,22 @@ class Chunk:
 
 
 @dataclass(frozen=True)
+class BlockMove:
+    """KV of block `source` is copied to block `target`, in every layer that a stage holds."""
+
+    source: BlockId
+    target: BlockId
+
+
+@dataclass(frozen=True)
 class StepPlan:
     """One step of one group: what every stage computes, in the order of `chunks`.
 
     `started`: requests that enter the running set in this step, with the tokens known so far
     (a preempted or failed-over request starts again). `released`: requests that left it since
     the last plan (finished, aborted, preempted); the executor forgets their sampling state
-    before it looks at `started`.
+    before it looks at `started`. `moves` are made by every stage, in order, before its layers:
+    the block tables of `chunks` are those after them. Making them again changes nothing.
     """
 
     epoch: Epoch
@@ -42,6 +51,7 @@ class StepPlan:
     chunks: tuple[Chunk, ...]
     started: tuple[Request, ...] = ()
     released: tuple[RequestId, ...] = ()
+    moves: tuple[BlockMove, ...] = ()
 
     @property
     def num_tokens(self) -> int:

@@ -11,12 +11,11 @@ reaches the client exactly once, whatever dies in between.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from enum import Enum
 from typing import Any
 
 from kunserve.core.errors import AccountingError
 from kunserve.core.events import (
+    AnswerWish,
     ClockTicked,
     Command,
     DeliverTokens,
@@ -26,9 +25,11 @@ from kunserve.core.events import (
     FormGroup,
     GroupReport,
     Heartbeat,
+    InstanceDrainWished,
     InstanceLost,
     InstanceReady,
     KillInstance,
+    LayoutWished,
     LeaseRequest,
     RefusalKind,
     RefuseRequest,
@@ -36,110 +37,54 @@ from kunserve.core.events import (
     RequestSubmitted,
     RevokeLease,
     StartInstance,
-    StepTiming,
+    WishKind,
 )
-from kunserve.core.ids import Epoch, GroupId, InstanceId, RequestId
+from kunserve.core.ids import InstanceId, RequestId
 from kunserve.core.layout import Layout, whole_instance
 from kunserve.core.request import Request, TokenOutput
-from kunserve.core.step import GroupLoad
-from kunserve.policy.dispatcher import GroupSnapshot, PrefixIndex, choose_group
+from kunserve.core.transition import (
+    Aborted,
+    Adopted,
+    Compacted,
+    Fenced,
+    Finished,
+    Gathered,
+    MoveProgress,
+    PeerAddress,
+    Peers,
+    Prepared,
+    Refused,
+    Remapped,
+    Snapshotted,
+    TransitionReport,
+)
+from kunserve.policy.book import (
+    SECOND_NS,
+    Book,
+    ControllerConfig,
+    GroupRecord,
+    InstanceRecord,
+    InstanceState,
+    RequestRecord,
+)
+from kunserve.policy.coordinator import Coordinator
+from kunserve.policy.dispatcher import PrefixIndex, choose_group
 from kunserve.policy.prefix import block_hashes
+from kunserve.policy.transition import State
 
-SECOND_NS = 1_000_000_000
-
-
-@dataclass(frozen=True)
-class ControllerConfig:
-    """Numbers of the cluster. Durations in nanoseconds.
-
-    `max_num_queued_reqs` bounds the requests that wait for their first step, over the cluster.
-    A request under which `max_losses` instances in a row were lost is given up, see `_blamed`. A
-    lost instance is started again after `restart_backoff_ns` (doubling), at most
-    `max_restarts` times in a row without having served for `stable_ns`.
-    """
-
-    num_instances: int
-    num_layers: int
-    block_size: int
-    max_model_len: int
-    max_num_queued_reqs: int
-    heartbeat_timeout_ns: int = 10 * SECOND_NS
-    restart_backoff_ns: int = SECOND_NS
-    stable_ns: int = 60 * SECOND_NS
-    max_restarts: int = 3
-    max_losses: int = 3
-
-
-class InstanceState(Enum):
-    """Life of an instance as the controller sees it."""
-
-    STARTING = "starting"
-    READY = "ready"
-    WAITING_RESTART = "waiting for restart"
-    DEAD = "dead"
-
-
-@dataclass
-class InstanceRecord:
-    """What the controller knows of one instance."""
-
-    id: InstanceId
-    incarnation: int = 0
-    state: InstanceState = InstanceState.STARTING
-    total_blocks: int = 0
-    last_heard_ns: int = 0
-    ready_since_ns: int = 0
-    restarts_in_row: int = 0
-    restart_at_ns: int = 0
-
-
-@dataclass
-class GroupRecord:
-    """A group's lease book: what was sent to its scheduler and what it said last.
-
-    `leases_sent` numbers the leases; blocks of those the last report has not seen yet are kept
-    in `unseen` as (lease number, blocks), so that dispatch counts them as queued.
-    """
-
-    id: GroupId
-    epoch: Epoch
-    leader: InstanceId
-    total_blocks: int
-    prefixes: PrefixIndex
-    load: GroupLoad | None = None
-    timing: StepTiming = field(default_factory=StepTiming)
-    leases_sent: int = 0
-    unseen: list[tuple[int, int]] = field(default_factory=list)
-    requests: set[RequestId] = field(default_factory=set)
-
-    def snapshot(self, hashes: Sequence[bytes]) -> GroupSnapshot:
-        """The group as dispatch sees it for a prompt with these block hashes."""
-        free = self.load.available_blocks if self.load else self.total_blocks
-        queued = self.load.queued_blocks if self.load else 0
-        return GroupSnapshot(
-            group=self.id,
-            total_blocks=self.total_blocks,
-            free_blocks=free,
-            queued_blocks=queued + sum(blocks for _, blocks in self.unseen),
-            num_requests=len(self.requests),
-            prefix_blocks=self.prefixes.prefix_blocks(hashes),
-        )
-
-
-@dataclass
-class RequestRecord:
-    """The front's copy of one request. `group` is None while no group can take it. `losses`: of
-    instances in a row, without a token since."""
-
-    request: Request
-    outputs: list[int]
-    group: GroupId | None = None
-    started: bool = False
-    losses: int = 0
-
-    def lease(self) -> Request:
-        """The request with all tokens the client has seen: what a new leader continues from."""
-        return replace(self.request, output_token_ids=tuple(self.outputs))
+_REPORTS = (
+    Aborted,
+    Refused,
+    Compacted,
+    Prepared,
+    Snapshotted,
+    Gathered,
+    Fenced,
+    Remapped,
+    Adopted,
+    MoveProgress,
+    Finished,
+)
 
 
 class Controller:
@@ -147,14 +92,11 @@ class Controller:
 
     def __init__(self, config: ControllerConfig, now_ns: int) -> None:
         self._config = config
-        self._instances = {
-            InstanceId(i): InstanceRecord(InstanceId(i), last_heard_ns=now_ns)
-            for i in range(config.num_instances)
-        }
-        self._groups: dict[GroupId, GroupRecord] = {}
-        self._requests: dict[RequestId, RequestRecord] = {}
-        self._layout = Layout(config.num_layers, ())
-        self._next_group = 0
+        self._book = Book(config, now_ns)
+        self._coordinator = Coordinator(self._book, self._dispatch_parked)
+        self._instances = self._book.instances
+        self._groups = self._book.groups
+        self._requests = self._book.requests
         self._draining = False
         self._num_waiting = 0
         self._on_trial: RequestId | None = None  # see `_blamed`
@@ -168,14 +110,17 @@ class Controller:
             Heartbeat: self._on_heartbeat,
             DrainRequested: self._on_drain,
             ClockTicked: self._on_tick,
+            LayoutWished: self._on_wish,
+            InstanceDrainWished: self._on_drain_wish,
         }
+        self._handlers |= dict.fromkeys(_REPORTS, self._on_transition_report)
 
     # ------------------------------------------------------------ what others may read
 
     @property
     def layout(self) -> Layout:
         """Groups that serve now."""
-        return self._layout
+        return self._book.layout
 
     @property
     def draining(self) -> bool:
@@ -201,8 +146,26 @@ class Controller:
 
     def group_record(self, instance: InstanceId) -> GroupRecord | None:
         """The lease book of the group that `instance` works in."""
-        group = self._layout.group_of(instance)
-        return self._groups[group.id] if group else None
+        return self._book.group_of(instance)
+
+    @property
+    def groups(self) -> tuple[GroupRecord, ...]:
+        """All groups, in the order of the layout."""
+        return tuple(self._groups[group.id] for group in self._book.layout.groups)
+
+    @property
+    def epoch(self) -> int:
+        """The highest epoch given to a group."""
+        return self._book.epoch
+
+    def transition_state(self, instance: InstanceId) -> State | None:
+        """The state of the transition that an instance takes part in, or None."""
+        return self._coordinator.state_of(instance)
+
+    @property
+    def is_in_transition(self) -> bool:
+        """True while the layout changes, or a wish waits for its turn."""
+        return self._coordinator.is_busy
 
     # ------------------------------------------------------------ the one entry
 
@@ -211,21 +174,19 @@ class Controller:
         commands = list(self._handlers[type(event)](event, now_ns))
         if self._trial_ended:
             commands.extend(self._next_trial())
+        for instance in self._instances.values():
+            if instance.is_draining and instance.state is InstanceState.READY:
+                commands.extend(self._settle_drain(instance))
         if self._draining and not self._requests and isinstance(event, _MAY_END_DRAIN):
             commands.append(DrainComplete())
         return tuple(commands)
 
     def check(self) -> None:
         """Raise AccountingError if requests, groups and the layout disagree."""
-        leased = {rid for group in self._groups.values() for rid in group.requests}
-        expected = {rid for rid, record in self._requests.items() if record.group is not None}
-        if leased != expected:
-            raise AccountingError(f"lease books and requests differ: {leased ^ expected}")
+        self._book.check()
         waiting = sum(not record.started for record in self._requests.values())
         if waiting != self._num_waiting:
             raise AccountingError(f"{waiting} requests wait, {self._num_waiting} were counted")
-        if {group.id for group in self._layout.groups} != set(self._groups):
-            raise AccountingError("layout and lease books name different groups")
 
     # ------------------------------------------------------------ requests
 
@@ -266,8 +227,10 @@ class Controller:
 
     def _dispatch(self, request_id: RequestId) -> Iterator[Command]:
         """Lease a request to the best group; without any group it stays parked in the front, and
-        so does a suspect during the trial of another one."""
-        if not self._groups:
+        so does a suspect during the trial of another one. Groups that stand between two layouts,
+        or that drain, take none."""
+        candidates = [group for group in self._groups.values() if not group.is_frozen]
+        if not candidates:
             return
         record = self._requests[request_id]
         if self._is_suspect(record):
@@ -278,7 +241,7 @@ class Controller:
         tokens = lease.prompt_token_ids + lease.output_token_ids
         hashes = block_hashes(tokens, self._config.block_size)
         needed = -(-len(tokens) // self._config.block_size)
-        snapshots = [group.snapshot(hashes) for group in self._groups.values()]
+        snapshots = [group.snapshot(hashes) for group in candidates]
         group = self._groups[choose_group(snapshots, needed)]
         group.prefixes.insert(hashes)
         group.leases_sent += 1
@@ -286,6 +249,11 @@ class Controller:
         group.requests.add(request_id)
         record.group = group.id
         yield LeaseRequest(group.leader, group.id, group.epoch, lease)
+
+    def _dispatch_parked(self) -> Iterator[Command]:
+        """Lease what waits in the front, by arrival."""
+        for request_id in [r for r, record in self._requests.items() if record.group is None]:
+            yield from self._dispatch(request_id)
 
     def _on_aborted(self, event: RequestAborted, now_ns: int) -> Iterator[Command]:
         record = self._requests.get(event.request_id)
@@ -319,7 +287,11 @@ class Controller:
         for request_id in event.started:
             self._mark_started(request_id, group)
         for request_id, outputs in _by_request(event.outputs).items():
-            accepted = self._accept(request_id, outputs, group)
+            try:
+                accepted = self._accept(request_id, outputs, group)
+            except AccountingError as error:  # its books are wrong: it costs that group, not all
+                yield KillInstance(instance.id, instance.incarnation, str(error))
+                return
             if accepted:
                 yield DeliverTokens(request_id, accepted)
         for request_id, kind, message in event.refused:
@@ -367,27 +339,37 @@ class Controller:
         instance = self._instances[event.instance]
         if event.incarnation != instance.incarnation:
             return
-        if instance.state is not InstanceState.STARTING:
+        if instance.state not in (InstanceState.STARTING, InstanceState.RESETTING):
             return  # the news of its end came before its last message
+        if instance.state is InstanceState.STARTING:
+            instance.ready_since_ns = now_ns
         instance.state = InstanceState.READY
         instance.total_blocks = event.total_blocks
-        instance.last_heard_ns = instance.ready_since_ns = now_ns
-        # A group id is never reused, so the first epoch of every group is 0.
+        instance.num_pages = event.num_pages
+        instance.costs = event.costs
+        instance.address = event.address
+        instance.parts = {held.part: held.runs for held in event.parts}
+        instance.last_heard_ns = now_ns
+        yield from self._introduce()
         group = whole_instance(
-            GroupId(self._next_group), Epoch(0), instance.id, self._config.num_layers
+            self._book.new_group_id(),
+            self._book.new_epoch(),
+            instance.id,
+            self._config.num_layers,
         )
-        self._next_group += 1
-        self._groups[group.id] = GroupRecord(
-            id=group.id,
-            epoch=group.epoch,
-            leader=group.leader,
-            total_blocks=event.total_blocks,
-            prefixes=PrefixIndex(event.total_blocks),
-        )
-        self._layout = replace(self._layout, groups=(*self._layout.groups, group))
+        record = GroupRecord(group, event.total_blocks, PrefixIndex(event.total_blocks))
+        self._book.replace_groups((), (record,))
         yield FormGroup(instance.id, group.id, group.epoch)
-        for request_id in [r for r, record in self._requests.items() if record.group is None]:
-            yield from self._dispatch(request_id)
+        yield from self._settle_drain(instance)
+        yield from self._dispatch_parked()
+
+    def _introduce(self) -> Iterator[Command]:
+        """Tell every instance how to reach all that are alive."""
+        alive = [record for record in self._instances.values() if record.is_alive]
+        addresses: list[PeerAddress] = [r.address for r in alive if r.address is not None]
+        for record in alive if addresses else ():
+            others = tuple(a for a in addresses if a.instance != record.id)
+            yield Peers(record.id, others)
 
     def _on_lost(self, event: InstanceLost, now_ns: int) -> Iterator[Command]:
         instance = self._instances[event.instance]
@@ -401,9 +383,13 @@ class Controller:
         ):
             instance.restarts_in_row = 0
         self._plan_restart(instance, now_ns)
-        orphans = self._break_group(instance.id)
+        survivors, orphans = self._break_groups(instance.id)
         for request_id in self._blamed(orphans):
             self._requests[request_id].losses += 1
+        yield from self._introduce()
+        for survivor in survivors:
+            yield from self._coordinator.reset(self._instances[survivor], now_ns)
+        yield from self._coordinator.lost(instance.id, event.reason, now_ns)
         if not self._may_serve():
             orphans = list(self._requests)
         for request_id in orphans:
@@ -418,22 +404,27 @@ class Controller:
         instance.restart_at_ns = now_ns + backoff
         instance.state = InstanceState.WAITING_RESTART
 
-    def _break_group(self, instance: InstanceId) -> list[RequestId]:
-        """A dead member breaks its whole group (paper, mechanism 8). Returns its requests, in
-        order of arrival."""
-        group = self._layout.group_of(instance)
-        if group is None:
-            return []
-        record = self._groups.pop(group.id)
-        remaining = tuple(g for g in self._layout.groups if g.id != group.id)
-        self._layout = replace(self._layout, groups=remaining)
-        for request_id in record.requests:
+    def _break_groups(self, instance: InstanceId) -> tuple[list[InstanceId], list[RequestId]]:
+        """A dead member breaks its whole group (paper, mechanism 8), and in the middle of an
+        exchange all groups that take part. Returns the other members and the requests, in order
+        of arrival."""
+        lost = self._coordinator.groups_lost_with(instance)
+        survivors: list[InstanceId] = []
+        orphans: set[RequestId] = set()
+        for group_id in lost:
+            record = self._groups[group_id]
+            survivors += [i for i in record.group.instances if i != instance]
+            orphans |= record.requests
+            self._book.replace_groups((record.group,), ())
+        for request_id in orphans:
             self._requests[request_id].group = None
-        return [r for r in self._requests if r in record.requests]
+        return sorted(survivors), [r for r in self._requests if r in orphans]
 
     def _continue_elsewhere(self, request_id: RequestId, reason: str) -> Iterator[Command]:
         """Recompute from the front's copy on another group, or wait for a restart."""
-        record = self._requests[request_id]
+        record = self._requests.get(request_id)
+        if record is None or record.group is not None:
+            return  # leased again already, with others that waited
         if self._may_serve() and record.losses < self._config.max_losses:
             yield from self._dispatch(request_id)
             return
@@ -477,10 +468,14 @@ class Controller:
 
     def _on_tick(self, event: ClockTicked, now_ns: int) -> Iterator[Command]:
         for instance in self._instances.values():
-            if instance.state is InstanceState.READY:
+            if instance.is_alive:
                 silent_ns = now_ns - instance.last_heard_ns
+                is_resetting = instance.state is InstanceState.RESETTING
                 if silent_ns > self._config.heartbeat_timeout_ns:
                     reason = f"no heartbeat for {silent_ns / SECOND_NS:.1f} s"
+                    yield KillInstance(instance.id, instance.incarnation, reason)
+                elif is_resetting and now_ns > instance.reset_by_ns:
+                    reason = "it did not become a whole instance again in time"
                     yield KillInstance(instance.id, instance.incarnation, reason)
             elif (
                 instance.state is InstanceState.WAITING_RESTART and now_ns >= instance.restart_at_ns
@@ -489,6 +484,54 @@ class Controller:
                 instance.state = InstanceState.STARTING
                 instance.last_heard_ns = now_ns
                 yield StartInstance(instance.id, instance.incarnation)
+        yield from self._coordinator.tick(now_ns)
+
+    # ------------------------------------------------------------ layouts
+
+    def _on_wish(self, event: LayoutWished, now_ns: int) -> Iterator[Command]:
+        yield from self._coordinator.wish(event.wish, event.kind, event.groups, event.why, now_ns)
+
+    def _on_transition_report(self, event: TransitionReport, now_ns: int) -> Iterator[Command]:
+        instance = self._instances[event.instance]
+        if event.incarnation != instance.incarnation:
+            return
+        instance.last_heard_ns = now_ns
+        yield from self._coordinator.take(event, now_ns)
+
+    def _on_drain_wish(self, event: InstanceDrainWished, now_ns: int) -> Iterator[Command]:
+        """An instance of a larger group becomes whole first; then it gets nothing new."""
+        instance = self._instances.get(event.instance)
+        others = [r for r in self._instances.values() if r is not instance and not r.is_draining]
+        if instance is None or instance.state is not InstanceState.READY:
+            yield AnswerWish(event.wish, False, f"instance {event.instance} is not serving")
+            return
+        if not any(record.state is InstanceState.READY for record in others):
+            message = "it is the last instance that serves; end the server instead"
+            yield AnswerWish(event.wish, False, message)
+            return
+        if self._coordinator.is_busy:
+            yield AnswerWish(event.wish, False, "the layout is changing; try again afterwards")
+            return
+        instance.is_draining = True
+        yield AnswerWish(event.wish, True, f"instance {instance.id} is draining")
+        yield from self._settle_drain(instance)
+        group = self._book.group_of(instance.id)
+        if group is not None and len(group.group.stages) > 1:
+            kept = [g.instances for g in self._book.layout.groups if g.id != group.id]
+            wish = (*kept, *((i,) for i in group.group.instances))
+            why = f"drain of instance {instance.id}"
+            yield from self._coordinator.wish(-1, WishKind.LAYOUT, wish, why, now_ns)
+
+    def _settle_drain(self, instance: InstanceRecord) -> Iterator[Command]:
+        """A draining whole instance gets nothing new, and leaves the layout when it is empty."""
+        group = self._book.group_of(instance.id)
+        if not instance.is_draining or group is None or len(group.group.stages) > 1:
+            return
+        group.is_frozen = True
+        if not group.requests and not self._coordinator.is_busy:
+            self._book.replace_groups((group.group,), ())
+            instance.state = InstanceState.DRAINED
+        yield from ()
 
     def _on_drain(self, event: DrainRequested, now_ns: int) -> Iterator[Command]:
         self._draining = True

@@ -6,14 +6,15 @@ KV blocks are named (design section 3, paper mechanism 3).
     one page    | block 0 | block 1 | ... | block blocks_per_page - 1 |   of ONE layer
 
 A page never changes its number; only its owner changes, and with it the virtual address where the
-arena maps it. This module decides and counts; `kunserve.worker.memory` carries it out.
+arena maps it. This module counts; `kunserve.policy.memory` moves pages here and in the arena
+together.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
-from collections.abc import Collection, Iterable, Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise
@@ -23,6 +24,7 @@ from typing import ClassVar, NewType
 from kunserve.core.errors import AccountingError, ConfigError, LayoutError
 from kunserve.core.ids import BlockId, SlotId
 from kunserve.core.layout import Part, PartKind
+from kunserve.core.memory import KvExtent, PageRun
 from kunserve.core.model import ModelSpec
 
 HOST_GRANULARITY_BYTES = 4096
@@ -88,19 +90,6 @@ class PageGeometry:
         return -(-nbytes // self.page_bytes)
 
 
-@dataclass(frozen=True, order=True)
-class PageRun:
-    """Contiguous physical pages [start, start + count)."""
-
-    start: int
-    count: int
-
-    @property
-    def stop(self) -> int:
-        """First page after the run."""
-        return self.start + self.count
-
-
 # ---------------------------------------------------------------- owners
 
 
@@ -132,10 +121,10 @@ class PartPages:
 
 @dataclass(frozen=True)
 class KvPages:
-    """KV of one slot in one layer: page i backs blocks [i, i + 1) * blocks_per_page of the slot."""
+    """KV of one layer, all slots. Its pages are named by range page and may have gaps: range page
+    r backs block ids [r, r + 1) * blocks_per_page."""
 
     layer: int
-    slot: SlotId
     kind: ClassVar[OwnerKind] = OwnerKind.KV
 
 
@@ -193,9 +182,9 @@ _WHOLE_KINDS = frozenset({OwnerKind.PART, OwnerKind.INCOMING})
 
 @dataclass(frozen=True)
 class OwnedPage:
-    """One page as its owner sees it: `index` counts the owner's pages from 0, in their order.
-
-    For KvPages, PartPages and IncomingPages the index is the position in the virtual range.
+    """One page as its owner sees it: `index` counts the owner's pages from 0, in their order; for
+    KvPages it is the range page. Of KvPages, PartPages and IncomingPages it is so the position in
+    the virtual range.
     """
 
     owner: Owner
@@ -208,9 +197,13 @@ class OwnedPage:
 class PageLedger:
     """The truth of who owns each physical page of one instance.
 
-    Every owner has an ordered list of runs; page index i of an owner is the i-th page of that
-    list. Pages join at the end and leave from the end, so that the page indices of a (layer, slot)
-    are always the prefix 0..n-1. Costs grow with the number of runs, not with that of pages.
+    KV of a layer is a set of extents, ordered by range page, with gaps: `place` and `remove` any
+    of its range pages. Every other owner has an ordered list of runs; page index i of an owner is
+    the i-th page of that list, pages join at its end and leave from its end (`transfer`). Costs
+    grow with the number of runs, not with that of pages.
+
+        KV of layer 0     range page   |4 5 6|   |9|        |20 21|       3 extents
+                          physical     |7 8 9|   |2|        | 3  4|
 
     Every method either succeeds as a whole or raises AccountingError and changes nothing.
     """
@@ -221,14 +214,15 @@ class PageLedger:
         self.num_pages = num_pages
         # No owner is listed without pages, except FREE, which is always there.
         self._runs: dict[Owner, list[PageRun]] = {FREE: [PageRun(0, num_pages)]}
+        self._extents: dict[Owner, list[KvExtent]] = {}
         self._owned_pages: dict[Owner, int] = {FREE: num_pages}
 
-    # -- moves
+    # -- moves between owners with a list of pages
 
     def take(self, owner: Owner, count: int) -> tuple[PageRun, ...]:
         """Append `count` free pages to the pages of `owner`; returns them in order.
 
-        The lowest free run that holds all of them, else the lowest free pages.
+        The lowest free run that holds all of them, else the longest free runs.
 
         Raises:
             AccountingError: not enough free pages, or not a legal owner for free pages.
@@ -251,20 +245,65 @@ class PageLedger:
         A part, held or incoming, moves as a whole, and an incoming part becomes only itself.
 
         Raises:
-            AccountingError: the move is not in LEGAL_MOVES, `source` has fewer pages, or `target`
-                is a part that is already held.
+            AccountingError: the move is not in LEGAL_MOVES, `source` has fewer pages, `target` is
+                a part that is already held, or one of the two is KV.
         """
-        available = self._owned_pages.get(source, 0)
-        moved = available if count is None else count
-        self._check_move(source, target, moved, available)
-        runs = self._take_free(moved) if source == FREE else self._take_last(source, moved)
-        self._set_owned(source, available - moved)
-        self._set_owned(target, self._owned_pages.get(target, 0) + moved)
-        if target == FREE:
-            self._add_free(runs)
-        else:
-            _append_runs(self._runs.setdefault(target, []), runs)
+        if isinstance(source, KvPages) or isinstance(target, KvPages):
+            raise AccountingError("pages of KV have a place in a range: use place and remove")
+        moved = self.pages(source) if count is None else count
+        self._check_move(source, target, moved)
+        runs = self._take(source, moved)
+        self._put(target, runs)
         return tuple(runs)
+
+    # -- moves to and from KV
+
+    def place(
+        self, layer: int, range_runs: Iterable[PageRun], source: Owner = FREE
+    ) -> tuple[KvExtent, ...]:
+        """Pages of `source` become KV of `layer` at `range_runs`; returns what lies where.
+
+        Free pages are chosen as in `take`, escrow pages are the last ones.
+
+        Raises:
+            AccountingError: `source` has fewer pages or may not become KV, a range page is named
+                twice or is there already, or there is nothing to place.
+        """
+        owner, wanted = KvPages(layer), merge_range_runs(range_runs)
+        count = sum(run.count for run in wanted)
+        self._check_move(source, owner, count)
+        for run in wanted:
+            present = self.extents(layer, run)
+            if present:
+                raise AccountingError(f"cannot place {run} of layer {layer}: {present[0]} is there")
+        placed = _lay(layer, wanted, self._take(source, count))
+        extents = self._extents.setdefault(owner, [])
+        for extent in placed:
+            _replace(extents, PageRun(extent.range_page, extent.count), (extent,))
+        self._set_owned(owner, self.pages(owner) + count)
+        return placed
+
+    def remove(
+        self, layer: int, range_runs: Iterable[PageRun], target: Owner = FREE
+    ) -> tuple[KvExtent, ...]:
+        """KV pages of `layer` at `range_runs` become pages of `target`; returns what lay where.
+
+        Raises:
+            AccountingError: not all of them are there, KV may not become `target`, a range page is
+                named twice, or there is nothing to remove.
+        """
+        owner, wanted = KvPages(layer), merge_range_runs(range_runs)
+        count = sum(run.count for run in wanted)
+        self._check_move(owner, target, count)
+        for run in wanted:
+            present = sum(extent.count for extent in self.extents(layer, run))
+            if present != run.count:
+                raise AccountingError(f"only {present} pages of {run} of layer {layer} are there")
+        extents = self._extents[owner]
+        removed = [extent for run in wanted for extent in _replace(extents, run, ())]
+        self._set_owned(owner, self.pages(owner) - count)
+        self._put(target, physical_runs(removed))
+        return tuple(removed)
 
     # -- lookups
 
@@ -278,8 +317,21 @@ class PageLedger:
         return self._owned_pages.get(owner, 0)
 
     def runs(self, owner: Owner) -> tuple[PageRun, ...]:
-        """Pages of `owner` in order of their index (FREE: in order of the page)."""
+        """Physical pages of `owner` in order of their index (FREE: in order of the page)."""
+        if isinstance(owner, KvPages):
+            return physical_runs(self.extents(owner.layer))
         return tuple(self._runs.get(owner, ()))
+
+    def extents(self, layer: int, within: PageRun | None = None) -> tuple[KvExtent, ...]:
+        """Where KV of `layer` lies, by range page, as few extents as it takes; `within`: of these
+        range pages, cut at their ends."""
+        extents = self._extents.get(KvPages(layer), [])
+        if within is None:
+            return tuple(extents)
+        low = max(0, bisect_right(extents, within.start, key=_range_page) - 1)
+        high = bisect_left(extents, within.stop, key=_range_page)
+        inside = (_cut(extent, within.start, within.stop) for extent in extents[low:high])
+        return tuple(extent for extent in inside if extent.count > 0)
 
     def owners(self) -> tuple[Owner, ...]:
         """All owners of at least one page, FREE first."""
@@ -293,11 +345,16 @@ class PageLedger:
         return counts
 
     def page_at(self, owner: Owner, index: int) -> int:
-        """The physical page that is page `index` of `owner`.
+        """The physical page that is page `index` of `owner` (of KV: range page `index`).
 
         Raises:
             AccountingError: `owner` has no such page.
         """
+        if isinstance(owner, KvPages):
+            found = self.extents(owner.layer, PageRun(index, 1))
+            if found:
+                return found[0].physical_page
+            raise AccountingError(f"{owner} has no page at range page {index}")
         if not 0 <= index < self.pages(owner):
             raise AccountingError(f"{owner} has {self.pages(owner)} pages, no page {index}")
         at = 0
@@ -319,19 +376,31 @@ class PageLedger:
                 if run.start <= page < run.stop:
                     return OwnedPage(owner, at + page - run.start)
                 at += run.count
+        for owner, extents in self._extents.items():
+            for extent in extents:
+                index = page - extent.physical_page
+                if 0 <= index < extent.count:
+                    return OwnedPage(owner, extent.range_page + index)
         raise AccountingError(f"no page {page} among {self.num_pages}")
 
     # -- laws
 
     def check(self) -> None:
         """Conservation: all owners' runs together tile 0..num_pages exactly once, and the sums
-        that `pages` reports are those of the runs.
+        that `pages` reports are those of the runs. Free runs and extents are in order and merged.
 
         Raises:
             AccountingError: a page is lost, owned twice or miscounted.
         """
-        for owner in self._runs.keys() | self._owned_pages.keys():
-            listed = sum(run.count for run in self._runs.get(owner, ()))
+        physical = {owner: list(runs) for owner, runs in self._runs.items()}
+        for owner, extents in self._extents.items():
+            physical[owner] = [PageRun(extent.physical_page, extent.count) for extent in extents]
+            if any(_range_stop(low) > high.range_page for low, high in pairwise(extents)):
+                raise AccountingError(f"{owner}: extents overlap or are out of order")
+            if extents != _merge_extents(extents):
+                raise AccountingError(f"{owner}: extents are not merged")
+        for owner in physical.keys() | self._owned_pages.keys():
+            listed = sum(run.count for run in physical.get(owner, ()))
             booked = self._owned_pages.get(owner, 0)
             if listed != booked or (booked == 0 and owner != FREE):
                 raise AccountingError(f"{owner}: runs hold {listed} pages, {booked} are booked")
@@ -339,7 +408,7 @@ class PageLedger:
         if any(low.stop >= high.start for low, high in pairwise(free)):
             raise AccountingError("free runs are out of order or not merged")
         at = 0
-        for run in sorted(run for runs in self._runs.values() for run in runs):
+        for run in sorted(run for runs in physical.values() for run in runs):
             if run.count <= 0 or run.start != at:
                 fault = "owned twice" if run.start < at else "lost"
                 raise AccountingError(f"page {min(at, run.start)} is {fault} (next run: {run})")
@@ -349,7 +418,8 @@ class PageLedger:
 
     # -- internals
 
-    def _check_move(self, source: Owner, target: Owner, moved: int, available: int) -> None:
+    def _check_move(self, source: Owner, target: Owner, moved: int) -> None:
+        available = self.pages(source)
         if (source.kind, target.kind) not in LEGAL_MOVES:
             raise AccountingError(f"pages cannot move from {source} to {target}")
         if not 0 < moved <= available:
@@ -367,12 +437,27 @@ class PageLedger:
         ):
             raise AccountingError(f"incoming {source.part} cannot become {target.part}")
 
+    def _take(self, source: Owner, count: int) -> list[PageRun]:
+        """Take `count` pages off `source`, which has that many and is not KV."""
+        runs = self._take_free(count) if source == FREE else self._take_last(source, count)
+        self._set_owned(source, self.pages(source) - count)
+        return runs
+
+    def _put(self, target: Owner, runs: Sequence[PageRun]) -> None:
+        """Add `runs`, which nobody owns just now, to the pages of `target`, which is not KV."""
+        self._set_owned(target, self.pages(target) + sum(run.count for run in runs))
+        if target == FREE:
+            self._add_free(runs)
+        else:
+            _append_runs(self._runs.setdefault(target, []), runs)
+
     def _set_owned(self, owner: Owner, pages: int) -> None:
         if pages or owner == FREE:
             self._owned_pages[owner] = pages
         else:
             del self._owned_pages[owner]
-            del self._runs[owner]
+            self._runs.pop(owner, None)
+            self._extents.pop(owner, None)
 
     def _take_free(self, count: int) -> list[PageRun]:
         free = self._runs[FREE]
@@ -381,20 +466,20 @@ class PageLedger:
                 rest = PageRun(run.start + count, run.count - count)
                 free[position : position + 1] = [rest] if rest.count else []
                 return [PageRun(run.start, count)]
-        taken: list[PageRun] = []
+        # No free run is long enough: the longest ones, since each run costs a mapping.
+        used: dict[int, int] = {}
         left = count
-        position = 0
-        while left:  # no free run is long enough: gather from the lowest ones
-            run = free[position]
-            used = min(left, run.count)
-            taken.append(PageRun(run.start, used))
-            left -= used
-            if used == run.count:
-                position += 1
-            else:
-                free[position] = PageRun(run.start + used, run.count - used)
-        del free[:position]
-        return taken
+        for run in sorted(free, key=lambda run: (-run.count, run.start)):
+            used[run.start] = min(left, run.count)
+            left -= used[run.start]
+            if left == 0:
+                break
+        free[:] = [
+            PageRun(run.start + taken, run.count - taken)
+            for run in free
+            if (taken := used.get(run.start, 0)) < run.count
+        ]
+        return [PageRun(start, taken) for start, taken in sorted(used.items())]
 
     def _take_last(self, source: Owner, count: int) -> list[PageRun]:
         runs = self._runs[source]
@@ -424,12 +509,111 @@ class PageLedger:
             free[low:high] = [PageRun(start, stop - start)]
 
 
+def merge_range_runs(runs: Iterable[PageRun]) -> tuple[PageRun, ...]:
+    """`runs` of range pages, ascending, neighbours joined.
+
+    Raises:
+        AccountingError: a run is empty or begins below 0, or a page is in two runs.
+    """
+    merged: list[PageRun] = []
+    for run in sorted(runs):
+        if run.count <= 0 or run.start < 0:
+            raise AccountingError(f"{run} is no run of range pages")
+        if merged and merged[-1].stop > run.start:
+            raise AccountingError(f"range page {run.start} is named twice")
+        _append_runs(merged, (run,))
+    return tuple(merged)
+
+
+def physical_runs(extents: Iterable[KvExtent]) -> tuple[PageRun, ...]:
+    """The physical pages of `extents`, in their order, as few runs as that takes."""
+    runs: list[PageRun] = []
+    _append_runs(runs, (PageRun(extent.physical_page, extent.count) for extent in extents))
+    return tuple(runs)
+
+
 def _append_runs(runs: list[PageRun], added: Iterable[PageRun]) -> None:
     for run in added:
         if runs and runs[-1].stop == run.start:
             runs[-1] = PageRun(runs[-1].start, runs[-1].count + run.count)
         else:
             runs.append(run)
+
+
+# ---------------------------------------------------------------- extents of one layer
+
+
+def _range_page(extent: KvExtent) -> int:
+    return extent.range_page
+
+
+def _range_stop(extent: KvExtent) -> int:
+    return extent.range_page + extent.count
+
+
+def _cut(extent: KvExtent, start: int, stop: int) -> KvExtent:
+    """`extent` inside range pages [start, stop); its count is 0 or less when nothing is left."""
+    first, last = max(extent.range_page, start), min(_range_stop(extent), stop)
+    physical_page = extent.physical_page + first - extent.range_page
+    return KvExtent(extent.layer, first, physical_page, last - first)
+
+
+def _merge_extents(extents: Iterable[KvExtent]) -> list[KvExtent]:
+    """`extents`, ordered by range page, without empty ones and each as long as it can be."""
+    merged: list[KvExtent] = []
+    for extent in extents:
+        if extent.count <= 0:
+            continue
+        last = merged[-1] if merged else None
+        if (
+            last is not None
+            and _range_stop(last) == extent.range_page
+            and last.physical_page + last.count == extent.physical_page
+        ):
+            count = last.count + extent.count
+            merged[-1] = KvExtent(last.layer, last.range_page, last.physical_page, count)
+        else:
+            merged.append(extent)
+    return merged
+
+
+def _replace(
+    extents: list[KvExtent], run: PageRun, shown: Sequence[KvExtent]
+) -> tuple[KvExtent, ...]:
+    """Make range pages `run` lie in `shown`; returns what they lay in before."""
+    # Neighbours that end or begin exactly at the edges take part: they may merge.
+    low = bisect_left(extents, run.start, key=_range_page)
+    if low > 0 and _range_stop(extents[low - 1]) >= run.start:
+        low -= 1
+    high = bisect_right(extents, run.stop, key=_range_page)
+    window = extents[low:high]
+    before = [_cut(extent, 0, run.start) for extent in window]
+    behind = [_cut(extent, run.stop, _range_stop(extent)) for extent in window]
+    extents[low:high] = _merge_extents([*before, *shown, *behind])
+    inside = (_cut(extent, run.start, run.stop) for extent in window)
+    return tuple(extent for extent in inside if extent.count > 0)
+
+
+def _lay(
+    layer: int, range_runs: Sequence[PageRun], physical: Sequence[PageRun]
+) -> tuple[KvExtent, ...]:
+    """Extents that lay `physical` pages along `range_runs`, which are as many, in order.
+
+    range       |0 1 2 3|      |9 10|
+    physical    |5 6| |8 9      10 11|      extents 0-1 in 5-6, 2-3 in 8-9, 9-10 in 10-11
+    """
+    extents: list[KvExtent] = []
+    pages = iter(physical)
+    source = PageRun(0, 0)
+    for run in range_runs:
+        at = run.start
+        while at < run.stop:
+            source = source if source.count else next(pages)
+            count = min(source.count, run.stop - at)
+            extents.append(KvExtent(layer, at, source.start, count))
+            at += count
+            source = PageRun(source.start + count, source.count - count)
+    return tuple(extents)
 
 
 # ---------------------------------------------------------------- the split at start
@@ -586,7 +770,9 @@ class SlotMap:
         |[0..n) mapped| hole  |[0..n) mapped| hole    |  ...  |[0..n) mapped| hole      |
         0                      slot_blocks                     (num_slots - 1) * slot_blocks
 
-    Ids never shift: a merge maps pages into other members' slots, growth maps pages at tails.
+    Ids never shift: a merge maps pages into other members' slots, growth maps pages at tails. An
+    exchange maps and unmaps any page of a slot; pages of the range are named by range page, which
+    is block id // blocks_per_page.
 
     Raises:
         ConfigError: more than MAX_SLOTS slots, or a slot that is no whole number of pages.
@@ -683,6 +869,24 @@ class SlotMap:
         if not 0 <= page <= self.slot_pages:
             raise AccountingError(f"a slot has {self.slot_pages} pages, no page {page}")
         return slot * self.slot_pages + page
+
+    def slot_range(self, slot: SlotId) -> PageRun:
+        """The range pages of `slot`.
+
+        Raises:
+            AccountingError: no such slot.
+        """
+        return PageRun(self.range_page(slot, 0), self.slot_pages)
+
+    def slot_of_page(self, range_page: int) -> SlotId:
+        """The slot that `range_page` belongs to.
+
+        Raises:
+            AccountingError: no such page.
+        """
+        if not 0 <= range_page < self.range_pages:
+            raise AccountingError(f"no range page {range_page} among {self.range_pages}")
+        return SlotId(range_page // self.slot_pages)
 
     def offset_bytes(self, block: BlockId) -> int:
         """Where `block` begins in a layer's virtual range, in bytes.

@@ -19,12 +19,27 @@ One step is an exchange of values:
 that lack more (prefills), then waiting requests, each by arrival. Computed counts move only in
 `update`, so a cancelled step leaves nothing to undo in them. A request that needs a block when none
 is available preempts the latest arrival, which computes again later (as vLLM).
+
+When the group's layout changes (design sections 3 and 4), its requests go from one scheduler to
+the next as values:
+
+    old   freeze   every step in flight counts as cancelled, nothing is planned any more
+          unfreeze, if the transition is aborted
+    new   adopt    running requests go on with the blocks that they have. One whose pages are not
+                   complete on all members is *stalled*: it neither runs nor is preempted until
+                   `page_complete` has come for each of them, or `recompute`
+
+Before a group is split it is compacted: every request gets a home, and its blocks move there by
+`StepPlan.moves`, a few with each step. The table changes when the plan is issued; the source keeps
+its reference until the plan is done, so that a cancelled one is undone by going back to it.
+Meanwhile the request is in no other plan.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -35,10 +50,13 @@ from kunserve.core.errors import (
     RequestTooLargeError,
 )
 from kunserve.core.ids import BlockId, Epoch, RequestId
+from kunserve.core.memory import PageRun, pages_of, runs_of
 from kunserve.core.request import FinishReason, Request, TokenOutput
-from kunserve.core.step import Chunk, GroupLoad, SampledToken, StepPlan, StepResult
+from kunserve.core.step import BlockMove, Chunk, GroupLoad, SampledToken, StepPlan, StepResult
+from kunserve.core.transition import AdoptedRequest, FrozenRequest, Home
 from kunserve.policy.blocks import BlockPool
 from kunserve.policy.cost_model import CostModel
+from kunserve.policy.homes import Compaction, CompactionRefusedError, assign_homes
 from kunserve.policy.prefix import block_hashes
 
 
@@ -68,9 +86,17 @@ class SchedulerConfig:
     """Share full blocks of equal prefixes, and keep them after their request until evicted."""
     num_stages: int = 1
     """Stages of the group: as many steps may be in flight, each with its share of the decodes."""
+    max_moves_per_step: int = 64
+    """Most blocks that a step copies while the group is compacted."""
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "max_model_len", "max_num_seqs", "num_stages"):
+        for name in (
+            "block_size",
+            "max_model_len",
+            "max_num_seqs",
+            "num_stages",
+            "max_moves_per_step",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < 1:
@@ -90,22 +116,26 @@ class _RequestState:
         "block_table",
         "computed_tokens",
         "hashes",
+        "home",
         "is_aborted",
+        "is_moving",
         "is_new",
         "is_running",
         "is_unannounced",
         "limit_tokens",
+        "num_outside",
         "num_prompt_tokens",
         "order",
+        "pending_pages",
         "planned_tokens",
         "published_blocks",
         "request",
         "tokens",
     )
 
-    def __init__(self, request: Request, lease: int, max_model_len: int) -> None:
+    def __init__(self, request: Request, position: int, max_model_len: int) -> None:
         self.request = request
-        self.order = (request.arrival_ns, lease)
+        self.order = (request.arrival_ns, position)
         self.tokens = [*request.prompt_token_ids, *request.output_token_ids]
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.limit_tokens = min(max_model_len, self.num_prompt_tokens + request.params.max_tokens)
@@ -118,6 +148,25 @@ class _RequestState:
         self.is_unannounced = True  # the executor has no sampling state of it
         self.is_aborted = False
         self.is_new = True  # never left the queue
+        self.pending_pages: set[int] = set()  # of its table, not complete on all members
+        self.home = 0
+        self.num_outside = 0  # blocks of the table that do not lie in its home
+        self.is_moving = False  # some of its blocks, by a plan that is being executed
+
+    @property
+    def is_in_flight(self) -> bool:
+        """A plan that is being executed computes or moves something of it."""
+        return self.planned_tokens > 0 or self.is_moving
+
+    @property
+    def is_stalled(self) -> bool:
+        """It waits for pages."""
+        return bool(self.pending_pages)
+
+    @property
+    def is_idle(self) -> bool:
+        """It may be planned, moved or preempted."""
+        return not self.is_in_flight and not self.is_stalled
 
     @property
     def missing_tokens(self) -> int:
@@ -134,12 +183,32 @@ def _arrival(state: _RequestState) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
+class _Relocation:
+    """Entry `index` of a table goes from `source` to `target`; both are held until the plan is
+    over. Several requests may take one copy: the first of them has it made."""
+
+    state: _RequestState
+    index: int
+    source: BlockId
+    target: BlockId
+    is_first: bool
+
+
+@dataclass(frozen=True)
 class _Flight:
-    """A plan being executed, and the request of each of its chunks."""
+    """A plan being executed, the request of each of its chunks, and the changes of tables that
+    come with its moves."""
 
     plan: StepPlan
     states: tuple[_RequestState, ...]
     started: tuple[_RequestState, ...]
+    relocations: tuple[_Relocation, ...]
+
+    @property
+    def all_states(self) -> list[_RequestState]:
+        """Requests that it computes or moves, each once."""
+        moved = (relocation.state for relocation in self.relocations)
+        return list(dict.fromkeys((*self.states, *moved)))
 
 
 class _Draft:
@@ -152,6 +221,7 @@ class _Draft:
 
     def __init__(self, config: SchedulerConfig, cost_model: CostModel) -> None:
         self.work: dict[_RequestState, int] = {}
+        self.relocations: list[_Relocation] = []
         self.is_closed = False
         self.has_preempted = False
         self._cost_model = cost_model
@@ -161,6 +231,10 @@ class _Draft:
         # mostly read weights again and prefill would starve.
         target_ns = max(config.step_time_target_ns, 2.0 * cost_model.gamma_ns)
         self._left_ns = target_ns - cost_model.gamma_ns
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.work and not self.relocations
 
     def add(self, state: _RequestState, tokens: int) -> None:
         """Compute the next `tokens` tokens of `state` in this step."""
@@ -179,7 +253,7 @@ class _Draft:
     def grant(self, prefix_tokens: int, wanted_tokens: int) -> int:
         """How many of `wanted_tokens` the budget still allows after a prefix: 0 is none."""
         if self._left_tokens is not None:
-            granted = min(wanted_tokens, self._left_tokens)
+            granted = max(0, min(wanted_tokens, self._left_tokens))
         else:
             granted = self._cost_model.largest_chunk(self._left_ns, prefix_tokens, wanted_tokens)
             granted = max(granted, min(self._least_tokens, wanted_tokens))
@@ -210,6 +284,12 @@ class Scheduler:
         self._running: list[_RequestState] = []
         self._flights: dict[int, _Flight] = {}
         self._next_step = 0
+        self._next_position = 0  # orders requests of the same arrival
+        self._is_frozen = False
+        self._pending: dict[int, list[_RequestState]] = {}  # incomplete pages, and who waits
+        self._adopted_ns = 0
+        self._stalled: list[tuple[RequestId, int]] = []
+        self._compaction: Compaction | None = None
         self._to_release: dict[RequestId, None] = {}  # what the executor has not been told yet
         self._newly_started: list[RequestId] = []
         self._queued_blocks = 0
@@ -224,8 +304,17 @@ class Scheduler:
 
     @property
     def max_request_tokens(self) -> int:
-        """Most tokens, prompt and `max_tokens` together, that a request may ask for."""
-        return min(self._config.max_model_len, self._pool.total_blocks * self._config.block_size)
+        """Most tokens, prompt and `max_tokens` together, that a request may ask for.
+
+        Pages that are still on their way or closed for now count: nobody is refused for good
+        because a transition is under way.
+        """
+        return min(self._config.max_model_len, self._capacity_tokens)
+
+    @property
+    def _capacity_tokens(self) -> int:
+        pending = len(self._pending) * self._pool.blocks_per_page
+        return (self._pool.backed_blocks + pending) * self._config.block_size
 
     def add(self, request: Request) -> None:
         """Take a lease: the request waits, ordered by arrival.
@@ -240,9 +329,13 @@ class Scheduler:
         """
         self._leases_seen += 1
         self._refuse_impossible(request)
-        state = _RequestState(request, self._leases_seen, self._config.max_model_len)
+        self._enqueue(self._make_state(request))
+
+    def _make_state(self, request: Request) -> _RequestState:
+        self._next_position += 1
+        state = _RequestState(request, self._next_position, self._config.max_model_len)
         self._requests[request.id] = state
-        self._enqueue(state)
+        return state
 
     def _refuse_impossible(self, request: Request) -> None:
         prompt, limit = len(request.prompt_token_ids), self.max_request_tokens
@@ -256,7 +349,7 @@ class Scheduler:
                 f"the prompt has {prompt} tokens and max_tokens is {max_tokens}, "
                 f"{prompt + max_tokens} in all, but at most {limit} tokens fit "
                 f"(context of {self._config.max_model_len}, KVCache of "
-                f"{self._pool.total_blocks * self._config.block_size}); "
+                f"{self._capacity_tokens}); "
                 f"shorten the prompt or lower max_tokens",
                 "max_tokens",
             )
@@ -272,7 +365,7 @@ class Scheduler:
         state = self._requests.get(request_id)
         if state is None:
             return
-        if state.planned_tokens:
+        if state.is_in_flight:
             state.is_aborted = True
             return
         del self._requests[request_id]
@@ -296,10 +389,11 @@ class Scheduler:
 
         `prefix_queries` and `prefix_hits` count tokens, once per lease at its first start;
         `prompt_tokens` counts a prompt when its first output token is sampled, so that a request
-        that moves is counted once in the cluster.
+        that moves is counted once in the cluster. Blocks are those of open pages: stalled requests
+        may hold more, and so may those that compaction has not moved yet.
         """
         return GroupLoad(
-            total_blocks=self._pool.total_blocks,
+            total_blocks=self._pool.open_blocks,
             free_blocks=self._pool.free_blocks,
             cached_blocks=self._pool.cached_blocks,
             num_running=len(self._running),
@@ -316,37 +410,44 @@ class Scheduler:
     # ------------------------------------------------------------ schedule
 
     def schedule(self, now_ns: int) -> StepPlan | None:
-        """Form the next step, or None when there is nothing to compute or all stages are busy.
+        """Form the next step, or None: nothing can be computed, all stages are busy, or frozen.
 
-        A plan always has chunks: ids to release wait for the next one, the executor only holds
-        their small sampling state. `now_ns` is the seam for policies that look at deadlines; this
-        one goes by arrival alone.
+        A plan has chunks, or during a compaction at least moves: ids to release wait for the next
+        one, the executor only holds their small sampling state. With work left, None is only given
+        while a plan is in flight, pages are pending or closed, or the scheduler is frozen. `now_ns`
+        is the seam for policies that look at deadlines; this one goes by arrival alone.
         """
-        if len(self._flights) >= self._config.num_stages:
+        if self._is_frozen or len(self._flights) >= self._config.num_stages:
             return None
         draft = _Draft(self._config, self._cost_model)
         self._plan_decodes(draft)
         self._plan_prefills(draft)
+        self._plan_moves(draft)
+        if draft.has_preempted and draft.is_empty and not self._flights:
+            # Whoever needed room was preempted itself. No result will come and ask for a plan.
+            draft = _Draft(self._config, self._cost_model)
         if not draft.has_preempted:
             self._admit(draft)
-        return self._issue(draft) if draft.work else None
+        return None if draft.is_empty else self._issue(draft)
 
     def _plan_decodes(self, draft: _Draft) -> None:
-        """One token for every decode, at most one microbatch's share of them."""
-        decodes = [state for state in self._running if state.missing_tokens == 1]
+        """One token for every decode, at most one microbatch's share of them.
+
+        Adopted requests may be more than the budget allows to be admitted: then as many as it has
+        tokens.
+        """
+        decodes = [s for s in self._running if s.missing_tokens == 1 and not s.is_stalled]
         share = math.ceil(len(decodes) / self._config.num_stages)
-        idle = [state for state in decodes if not state.planned_tokens]
+        if self._config.max_num_batched_tokens is not None:
+            share = min(share, self._config.max_num_batched_tokens)
+        idle = [state for state in decodes if state.is_idle]
         for state in idle[:share]:
             if state.is_running and self._grow(state, 1, draft):
                 draft.add(state, 1)
 
     def _plan_prefills(self, draft: _Draft) -> None:
         """What the budget allows to requests that lack more than a token, by arrival."""
-        prefills = [
-            state
-            for state in self._running
-            if state.missing_tokens > 1 and not state.planned_tokens
-        ]
+        prefills = [s for s in self._running if s.missing_tokens > 1 and s.is_idle]
         for state in prefills:
             if draft.is_closed:
                 return
@@ -369,19 +470,36 @@ class Scheduler:
         if room == 0 and not self._make_room(state, draft):
             return 0
         missing_blocks = self._blocks_for(tokens - room)
-        self._extend(state, min(missing_blocks, self._pool.available_blocks))
+        self._extend(state, min(missing_blocks, self._pool.available_in(state.home)))
         return min(tokens, len(state.block_table) * self._config.block_size - state.computed_tokens)
 
     def _make_room(self, state: _RequestState, draft: _Draft) -> bool:
-        """Preempt the latest arrivals until a block is available; False if `state` must wait."""
-        while not self._pool.available_blocks:
-            victim = next(s for s in reversed(self._running) if not s.planned_tokens)
-            if victim is state and state is not self._running[-1]:
-                return False  # later ones are in flight: wait for them
+        """Preempt the latest arrivals of its home until a block is available there; False if
+        `state` must wait."""
+        while not self._pool.available_in(state.home):
+            victim = self._latest_idle(state.home)
+            if victim is state and self._will_have_room(state):
+                return False
             self._preempt(victim, draft)
             if victim is state:
                 return False
         return True
+
+    def _latest_idle(self, home: int) -> _RequestState:
+        """There is one: whoever asks is idle itself."""
+        return next(s for s in reversed(self._running) if s.home == home and s.is_idle)
+
+    def _will_have_room(self, state: _RequestState) -> bool:
+        """Is it worth to wait, although nobody else can be preempted now? Later arrivals may be in
+        flight, pages still to come, and blocks on their way out of a home."""
+        return any(
+            other.is_stalled
+            or other.num_outside
+            or other.is_moving
+            or (other.home == state.home and other.order > state.order)
+            for other in self._running
+            if other is not state
+        )
 
     def _preempt(self, state: _RequestState, draft: _Draft) -> None:
         """Back to the queue, ahead of all later arrivals, to be computed again."""
@@ -401,44 +519,68 @@ class Scheduler:
             if draft.is_closed:
                 return
             state = self._waiting[0]
-            cached = self._cached_prefix(state)
+            home = self._roomiest_home()
+            cached = self._cached_prefix(state, home)
             prefix_tokens = len(cached) * self._config.block_size
             tokens = draft.grant(prefix_tokens, len(state.tokens) - prefix_tokens)
-            if not tokens or not self._may_start(cached, prefix_tokens + tokens):
+            if not tokens or not self._may_start(cached, prefix_tokens + tokens, home):
                 return
-            self._start(state, cached)
+            self._start(state, cached, home)
             self._extend(state, self._blocks_for(prefix_tokens + tokens) - len(cached))
             draft.add_prefill(state, tokens)
 
-    def _cached_prefix(self, state: _RequestState) -> tuple[BlockId, ...]:
+    def _cached_prefix(self, state: _RequestState, home: int) -> tuple[BlockId, ...]:
         """Blocks that need no computing. The last token always does: its row is sampled."""
         if not self._config.enable_prefix_caching:
             return ()
         state.hashes = block_hashes(state.tokens, self._config.block_size, state.hashes)
         usable = (len(state.tokens) - 1) // self._config.block_size
-        return self._pool.lookup(state.hashes[:usable])
+        return self._pool.lookup(state.hashes[:usable], home)
 
-    def _may_start(self, cached: tuple[BlockId, ...], tokens: int) -> bool:
+    def _may_start(self, cached: tuple[BlockId, ...], tokens: int, home: int) -> bool:
         """Are there blocks for the first chunk, and a reserve for the growth of the others?"""
         needed = self._blocks_for(tokens) - len(cached) + self._pool.count_unreferenced(cached)
-        reserve = int(self._config.watermark_fraction * self._pool.total_blocks)
-        return self._pool.available_blocks >= needed + (reserve if self._running else 0)
+        reserve = int(self._config.watermark_fraction * self._pool.open_blocks)
+        if self._compaction is not None:
+            residents = sum(state.home == home for state in self._running)
+            reserve = max(residents, reserve // self._compaction.num_homes) if residents else 0
+        elif not self._running:
+            reserve = 0
+        return self._room_in(home) >= needed + reserve
 
-    def _start(self, state: _RequestState, cached: tuple[BlockId, ...]) -> None:
+    def _roomiest_home(self) -> int:
+        if self._compaction is None:
+            return 0
+        return max(range(self._compaction.num_homes), key=self._room_in)
+
+    def _room_in(self, home: int) -> int:
+        """Blocks that a new request could have there, less those that are still to move there.
+        Negative when these do not fit yet."""
+        if self._compaction is None:
+            return self._pool.available_in(home)
+        coming = sum(state.num_outside for state in self._running if state.home == home)
+        return self._pool.available_in(home) - coming
+
+    def _start(self, state: _RequestState, cached: tuple[BlockId, ...], home: int) -> None:
         self._dequeue(state)
         self._pool.share(cached)
         state.block_table = cached
+        state.home = home
         state.published_blocks = len(cached)
         state.computed_tokens = len(cached) * self._config.block_size
-        state.is_running = True
-        insort(self._running, state, key=_arrival)
-        state.is_unannounced = True
+        self._enter(state)
         if state.is_new:
             state.is_new = False
             self._newly_started.append(state.request.id)
             if self._config.enable_prefix_caching:
                 self._prefix_queries += len(state.tokens)
                 self._prefix_hits += state.computed_tokens
+
+    def _enter(self, state: _RequestState) -> None:
+        """Into the running set. The executor hears of it with its first chunk."""
+        state.is_running = True
+        state.is_unannounced = True
+        insort(self._running, state, key=_arrival)
 
     def _issue(self, draft: _Draft) -> StepPlan:
         """Turn the draft into a plan and remember it until its result comes.
@@ -454,14 +596,131 @@ class Scheduler:
             chunks=tuple(_chunk(state, tokens) for state, tokens in draft.work.items()),
             started=tuple(_known_request(state) for state in started),
             released=tuple(self._to_release),
+            moves=tuple(BlockMove(r.source, r.target) for r in draft.relocations if r.is_first),
         )
         for state, tokens in draft.work.items():
             state.planned_tokens = tokens
             state.is_unannounced = False
+        for relocation in draft.relocations:
+            relocation.state.is_moving = True
         self._to_release.clear()
-        self._flights[plan.step] = _Flight(plan, states, started)
+        self._flights[plan.step] = _Flight(plan, states, started, tuple(draft.relocations))
         self._next_step += 1
         return plan
+
+    # ------------------------------------------------------------ moves
+
+    def _plan_moves(self, draft: _Draft) -> None:
+        """Bring blocks to their homes, first those of requests that the step computes: they are in
+        flight anyway.
+
+        Two full homes that hold blocks of each other can get stuck. When nothing moves any more,
+        the latest arrival of a home without room is preempted: at least one request less to move.
+        """
+        while self._compaction and any(state.num_outside for state in self._running):
+            blocked = self._draft_moves(draft)
+            is_moving = any(flight.relocations for flight in self._flights.values())
+            if blocked is None or draft.relocations or is_moving:
+                return
+            self._preempt(self._latest_idle(blocked.home), draft)
+
+    def _draft_moves(self, draft: _Draft) -> _RequestState | None:
+        """Moves for the draft, up to the limit; the first request whose home has no room."""
+        blocked: _RequestState | None = None
+        copying = self._copies_under_way()
+        copies: dict[tuple[int, BlockId], BlockId] = {}  # of this draft
+        idle = [state for state in self._running if state.is_idle and state not in draft.work]
+        for state in (*draft.work, *idle):
+            if state.num_outside and not self._relocate(state, draft, copies, copying):
+                blocked = blocked or state
+            if len(copies) >= self._config.max_moves_per_step:
+                break
+        return blocked
+
+    def _copies_under_way(self) -> set[tuple[int, BlockId]]:
+        return {
+            (relocation.state.home, relocation.source)
+            for flight in self._flights.values()
+            for relocation in flight.relocations
+        }
+
+    def _relocate(
+        self,
+        state: _RequestState,
+        draft: _Draft,
+        copies: dict[tuple[int, BlockId], BlockId],
+        copying: Collection[tuple[int, BlockId]],
+    ) -> bool:
+        """Move the blocks of an idle request to its home, as many as may be; False if its home has
+        no room for one of them.
+
+        A block that another one of the home has copied already, in a plan that is done or in this
+        draft, is shared. While its copy is in flight (`copying`) it stays: that may be cancelled.
+        """
+        assert self._compaction is not None
+        table = list(state.block_table)
+        covered = self._blocks_for(state.computed_tokens)
+        has_room = True
+        for index, source in enumerate(table):
+            key = (state.home, source)
+            if self._pool.lies_in(source, state.home) or key in copying:
+                continue
+            done = self._compaction.copy_of(*key)
+            target = done if done is not None else copies.get(key)
+            if target is not None:
+                self._pool.share((target,))
+            elif not self._pool.available_in(state.home):
+                has_room = False
+                break
+            elif len(copies) >= self._config.max_moves_per_step:
+                break
+            else:
+                near = table[index - 1] if index else None
+                (target,) = self._pool.allocate(1, near, state.home)
+            table[index] = target
+            if done is not None or index >= covered:  # nothing to copy
+                self._release((source,))
+            else:
+                draft.relocations.append(
+                    _Relocation(state, index, source, target, is_first=key not in copies)
+                )
+                copies[key] = target
+        state.block_table = tuple(table)
+        state.num_outside = self._count_outside(state)
+        return has_room
+
+    def _settle_moves(self, flight: _Flight, is_cancelled: bool) -> None:
+        """The plan is over. Done: the sources are given up. Cancelled: some stages may have copied
+        and some not, so the tables go back to the sources, which nobody has overwritten."""
+        for relocation in flight.relocations:
+            state = relocation.state
+            state.is_moving = False
+            if is_cancelled:
+                table = list(state.block_table)
+                table[relocation.index] = relocation.source
+                state.block_table = tuple(table)
+                self._release((relocation.target,))
+            else:
+                self._complete_move(relocation)
+        for state in dict.fromkeys(relocation.state for relocation in flight.relocations):
+            state.num_outside = self._count_outside(state)
+
+    def _complete_move(self, relocation: _Relocation) -> None:
+        source, target = relocation.source, relocation.target
+        if relocation.is_first and not self._pool.is_open(source):
+            self._pool.rename(source, target)
+        self._release((source,))
+        home = relocation.state.home
+        if self._compaction is None or not relocation.is_first:
+            return
+        self._compaction.moved_blocks += 1
+        if self._pool.is_referenced(source) and self._pool.lies_in(target, home):
+            self._compaction.note_copy(home, source, target)
+
+    def _count_outside(self, state: _RequestState) -> int:
+        if self._compaction is None:
+            return 0
+        return sum(not self._pool.lies_in(block, state.home) for block in state.block_table)
 
     # ------------------------------------------------------------ update
 
@@ -478,22 +737,30 @@ class Scheduler:
         """
         flight = self._flight_of(plan, result)
         tokens = {} if result.cancelled else _tokens_of(flight.plan, result)
-        del self._flights[plan.step]
+        self._land(flight, result.cancelled, {request_id for request_id, _ in result.failed})
+        outputs: list[TokenOutput] = []
+        if not result.cancelled:
+            for state, chunk in zip(flight.states, flight.plan.chunks, strict=True):
+                if state.is_running:
+                    self._commit(state, len(chunk.token_ids))
+                    if chunk.samples:
+                        outputs.append(self._append(state, tokens[chunk.request_id]))
+        return tuple(outputs)
+
+    def _land(
+        self, flight: _Flight, is_cancelled: bool, failed: Collection[RequestId] = ()
+    ) -> None:
+        """The plan is over. Requests that were aborted meanwhile or failed leave now."""
+        del self._flights[flight.plan.step]
         for state in flight.states:
             state.planned_tokens = 0
-        failed = {request_id for request_id, _ in result.failed}
-        outputs: list[TokenOutput] = []
-        for state, chunk in zip(flight.states, flight.plan.chunks, strict=True):
-            if state.is_aborted or chunk.request_id in failed:
-                del self._requests[chunk.request_id]
+        self._settle_moves(flight, is_cancelled)
+        for state in flight.all_states:
+            if state.is_aborted or state.request.id in failed:
+                del self._requests[state.request.id]
                 self._leave(state)
-            elif not result.cancelled:
-                self._commit(state, len(chunk.token_ids))
-                if chunk.samples:
-                    outputs.append(self._append(state, tokens[chunk.request_id]))
-        if result.cancelled:
+        if is_cancelled:
             self._say_again(flight)
-        return tuple(outputs)
 
     def _flight_of(self, plan: StepPlan, result: StepResult) -> _Flight:
         flight = self._flights.get(plan.step)
@@ -512,6 +779,10 @@ class Scheduler:
     def _commit(self, state: _RequestState, tokens: int) -> None:
         """The KV of the next `tokens` tokens is there: blocks that became full get their names."""
         state.computed_tokens += tokens
+        self._publish(state)
+
+    def _publish(self, state: _RequestState) -> None:
+        """Name the full blocks that others may share."""
         if not self._config.enable_prefix_caching:
             return
         full_blocks = state.computed_tokens // self._config.block_size
@@ -574,16 +845,291 @@ class Scheduler:
         the request. Its blocks are given up; full ones stay cached."""
         self._running.remove(state)
         state.is_running = False
-        self._pool.release(state.block_table)
+        state.pending_pages = set()
+        state.num_outside = 0
+        state.home = 0
+        self._release(state.block_table)
         state.block_table = ()
         self._to_release[state.request.id] = None
 
+    def _release(self, blocks: Sequence[BlockId]) -> None:
+        self._pool.release(blocks)
+        if self._compaction is not None:
+            self._compaction.forget(b for b in blocks if not self._pool.is_referenced(b))
+
     def _extend(self, state: _RequestState, num_blocks: int) -> None:
         near = state.block_table[-1] if state.block_table else None
-        state.block_table += self._pool.allocate(num_blocks, near)
+        state.block_table += self._pool.allocate(num_blocks, near, state.home)
 
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self._config.block_size)
+
+    # ------------------------------------------------------------ transitions: the old scheduler
+
+    def freeze(self) -> tuple[FrozenRequest, ...]:
+        """Plan nothing any more, and say what there is, by arrival.
+
+        Every plan in flight counts as cancelled; `update` must not be called for it. Blocks that
+        hold no computed token are given up. Requests may still come and be aborted.
+
+        Raises:
+            AccountingError: it is frozen already.
+        """
+        if self._is_frozen:
+            raise AccountingError("a frozen scheduler cannot be frozen; unfreeze it first")
+        self._is_frozen = True
+        for flight in tuple(self._flights.values()):
+            self._land(flight, is_cancelled=True)
+        for state in self._running:
+            covered = self._blocks_for(state.computed_tokens)
+            self._release(state.block_table[covered:])
+            state.block_table = state.block_table[:covered]
+            state.num_outside = self._count_outside(state)
+        return self._frozen_requests()
+
+    def unfreeze(self) -> None:
+        """Go on at the same epoch: the transition was aborted.
+
+        Raises:
+            AccountingError: it is not frozen.
+        """
+        if not self._is_frozen:
+            raise AccountingError("a scheduler that is not frozen cannot be unfrozen")
+        self._is_frozen = False
+
+    def snapshot(self) -> tuple[FrozenRequest, ...]:
+        """What `freeze` would say now, without stopping; `touched` counts from here."""
+        self._pool.watch()
+        return self._frozen_requests()
+
+    def touched(self) -> tuple[BlockId, ...]:
+        """Blocks that lost their last reference since `snapshot`, ascending: what was copied of
+        them may be out of date. Other blocks that were full then still have their content."""
+        return self._pool.touched()
+
+    def _frozen_requests(self) -> tuple[FrozenRequest, ...]:
+        """Tables are as if every plan in flight were cancelled."""
+        sources: dict[_RequestState, dict[int, BlockId]] = {}
+        for flight in self._flights.values():
+            for relocation in flight.relocations:
+                sources.setdefault(relocation.state, {})[relocation.index] = relocation.source
+        frozen = []
+        for state in sorted((*self._waiting, *self._running), key=_arrival):
+            if state.is_aborted:
+                continue
+            moved = sources.get(state, {})
+            table = state.block_table[: self._blocks_for(state.computed_tokens)]
+            has_home = self._compaction is not None and state.is_running
+            frozen.append(
+                FrozenRequest(
+                    request_id=state.request.id,
+                    computed_tokens=state.computed_tokens,
+                    block_table=tuple(moved.get(i, block) for i, block in enumerate(table)),
+                    home=state.home if has_home else None,
+                )
+            )
+        return tuple(frozen)
+
+    # ------------------------------------------------------------ transitions: the new scheduler
+
+    def adopt(
+        self,
+        requests: Sequence[AdoptedRequest],
+        pages: Iterable[PageRun],
+        pending: Iterable[int] = (),
+        now_ns: int = 0,
+    ) -> None:
+        """Take over the requests of the groups that this one is made of, once, before anything
+        else. They do not count as leases seen.
+
+        Those with computed tokens run, however many they are; the others wait. Requests of the
+        same arrival keep their order, ahead of what comes later.
+
+        Args:
+            requests: in order of arrival.
+            pages: range pages that are backed by all members, besides those of the pool.
+            pending: pages that are not complete yet, among `pages` or not: see `page_complete`.
+            now_ns: when the requests with blocks there begin to be stalled.
+
+        Raises:
+            AccountingError: the scheduler has had requests, an id comes twice, a block lies in none
+                of the pages, or counts of tokens and blocks do not agree. Nothing has changed then.
+        """
+        pending_pages = set(pending)
+        opened = runs_of(set(pages_of(pages)) - pending_pages)
+        self._refuse_unadoptable(requests, pending_pages, set(pages_of(opened)))
+        self._pool.adopt((self._adopted_table(r) for r in requests), opened)
+        self._pending = {page: [] for page in pending_pages}
+        self._adopted_ns = now_ns
+        for adopted in requests:
+            state = self._make_state(adopted.request)
+            if not adopted.computed_tokens:
+                self._enqueue(state)
+                continue
+            state.computed_tokens = adopted.computed_tokens
+            state.block_table = self._adopted_table(adopted)
+            state.is_new = False
+            state.pending_pages = pending_pages & set(self._pages_of(state.block_table))
+            for page in state.pending_pages:
+                self._pending[page].append(state)
+            self._enter(state)
+            if not state.is_stalled:
+                self._publish(state)
+
+    def _refuse_unadoptable(
+        self, requests: Sequence[AdoptedRequest], pending: set[int], opened: set[int]
+    ) -> None:
+        if self._next_position or self._next_step:
+            raise AccountingError("only a new scheduler adopts requests")
+        if len({adopted.request.id for adopted in requests}) != len(requests):
+            raise AccountingError("a request is adopted twice")
+        for adopted in requests:
+            request, name = adopted.request, adopted.request.id
+            known = len(request.prompt_token_ids) + len(request.output_token_ids)
+            if not 0 <= adopted.computed_tokens < known:
+                raise AccountingError(
+                    f"request {name} is adopted with {adopted.computed_tokens} computed tokens, "
+                    f"but {known} are known and the last one is never computed"
+                )
+            if len(request.output_token_ids) >= request.params.max_tokens:
+                raise AccountingError(f"request {name} is adopted, but has all its tokens already")
+            table = self._adopted_table(adopted)
+            if len(table) < self._blocks_for(adopted.computed_tokens):
+                raise AccountingError(f"request {name} is adopted with {len(table)} blocks")
+            strangers = set(self._pages_of(table)) - pending - opened
+            if any(not self._pool.is_open(self._first_block(page)) for page in strangers):
+                raise AccountingError(f"request {name} is adopted with blocks that are nowhere")
+
+    def _adopted_table(self, adopted: AdoptedRequest) -> tuple[BlockId, ...]:
+        return adopted.block_table[: self._blocks_for(adopted.computed_tokens)]
+
+    def _pages_of(self, blocks: Iterable[BlockId]) -> list[int]:
+        return [block // self._pool.blocks_per_page for block in blocks]
+
+    def _first_block(self, page: int) -> BlockId:
+        return BlockId(page * self._pool.blocks_per_page)
+
+    def page_complete(self, page: int, now_ns: int) -> None:
+        """All members have all of a pending page: its other blocks are free, and requests for which
+        it was the last one run.
+
+        Raises:
+            AccountingError: the page is not pending.
+        """
+        if page not in self._pending:
+            raise AccountingError(f"page {page} is complete, but nobody waits for it")
+        self._pool.add_pages((PageRun(page, 1),))
+        for state in self._pending.pop(page):
+            if page not in state.pending_pages:  # aborted or computed again
+                continue
+            state.pending_pages.remove(page)
+            if not state.is_stalled:
+                self._stalled.append((state.request.id, now_ns - self._adopted_ns))
+                self._publish(state)
+
+    def recompute(self, request_ids: Iterable[RequestId]) -> None:
+        """Compute these requests again, from the queue: blocks of theirs will never be complete.
+        Ids that do not run here are left alone.
+
+        Raises:
+            AccountingError: one of them is in flight.
+        """
+        running = [self._requests[r] for r in request_ids if r in self._requests]
+        if any(state.is_in_flight for state in running):
+            raise AccountingError("a request in flight cannot be computed again")
+        for state in running:
+            if state.is_running:
+                self._leave(state)
+                self._enqueue(state)
+
+    def grow(self, runs: Iterable[PageRun]) -> None:
+        """More pages are backed by all members. During a compaction they stay closed.
+
+        Raises:
+            AccountingError: a page is here already, or pending. Nothing has changed then.
+        """
+        pages = pages_of(runs)
+        awaited = sorted(self._pending.keys() & set(pages))
+        if awaited:
+            raise AccountingError(f"pages {awaited[:8]} are added, but they are not complete")
+        self._pool.add_pages(runs_of(pages))
+
+    @property
+    def num_stalled(self) -> int:
+        """Running requests that wait for pages."""
+        return sum(state.is_stalled for state in self._running)
+
+    @property
+    def stalled(self) -> tuple[tuple[RequestId, int], ...]:
+        """Who was stalled and now runs, and for how many ns, in the order in which they went on."""
+        return tuple(self._stalled)
+
+    # ------------------------------------------------------------ compaction
+
+    def compact(self, homes: Sequence[Home]) -> None:
+        """From now on every running request has a home, and its blocks move there with the plans.
+
+        New requests get the home with most room, and find prefixes only there. A home without room
+        preempts its own. Pages of a home that are not open do not count.
+
+        Raises:
+            CompactionRefusedError: the running requests do not fit, or pages are pending. Nothing
+                has changed then.
+            AccountingError: a compaction is under way, the scheduler is frozen, or homes have a
+                page in common. Nothing has changed then.
+        """
+        if self._is_frozen or self._compaction is not None:
+            raise AccountingError("a scheduler that is frozen or compacting cannot compact")
+        if self._pending:
+            raise CompactionRefusedError(f"{len(self._pending)} pages are still on their way")
+        home_of_page = {p: n for n, home in enumerate(homes) for p in pages_of(home.pages)}
+        assigned = assign_homes(
+            [state.block_table for state in self._running],
+            [self._pool.capacity_of(home.pages) for home in homes],
+            lambda block: home_of_page.get(block // self._pool.blocks_per_page),
+        )
+        self._pool.divide([home.pages for home in homes])
+        self._compaction = Compaction(len(homes))
+        for state, home_index in zip(self._running, assigned, strict=True):
+            state.home = home_index
+            state.num_outside = self._count_outside(state)
+
+    def end_compaction(self, reopen: Iterable[PageRun]) -> None:
+        """The split is aborted: homes are forgotten, closed pages `reopen` are open again. Others
+        stay closed, see `closed_pages`. Moves in flight come to their end.
+
+        Raises:
+            AccountingError: no compaction is under way, or a page is not closed. Nothing has
+                changed then.
+        """
+        if self._compaction is None:
+            raise AccountingError("no compaction is under way")
+        self._pool.reopen_pages(reopen)
+        self._compaction = None
+        for state in self._running:
+            state.home = state.num_outside = 0
+
+    @property
+    def is_compacted(self) -> bool:
+        """Every block in use lies in the home of whoever uses it, and will stay there. False when
+        no compaction is under way."""
+        return self._compaction is not None and not any(
+            state.num_outside or state.is_moving for state in self._running
+        )
+
+    @property
+    def moved_blocks(self) -> int:
+        """Blocks that the compaction under way has moved; 0 without."""
+        return self._compaction.moved_blocks if self._compaction is not None else 0
+
+    def used_pages_per_home(self) -> tuple[int, ...]:
+        """Pages of each home that are in use; one home if no compaction is under way. O(blocks in
+        use)."""
+        return self._pool.used_pages_per_home()
+
+    def closed_pages(self) -> tuple[PageRun, ...]:
+        """Pages outside of all homes: backed, but not used for new blocks."""
+        return self._pool.closed_pages()
 
     # ------------------------------------------------------------ laws
 
@@ -593,9 +1139,14 @@ class Scheduler:
         Raises:
             AccountingError: a law is broken.
         """
-        self._pool.check(state.block_table for state in self._running)
+        moving = [r for flight in self._flights.values() for r in flight.relocations]
+        sources = [(relocation.source,) for relocation in moving]
+        self._pool.check([*sources, *(state.block_table for state in self._running)])
         for state in self._running:
             self._check_table(state)
+            self._check_place(state)
+        if {r.state for r in moving} != {state for state in self._running if state.is_moving}:
+            raise AccountingError("a request is said to move, but does not, or the other way round")
         for queue in (self._waiting, self._running):
             if any(a.order >= b.order for a, b in pairwise(queue)):
                 raise AccountingError("a queue is not in arrival order")
@@ -617,6 +1168,17 @@ class Scheduler:
         for block in state.block_table[full_blocks:]:
             if not self._pool.is_writable(block):
                 raise AccountingError(f"request {name} would write into block {block}, not its own")
+
+    def _check_place(self, state: _RequestState) -> None:
+        name, pages = state.request.id, set(self._pages_of(state.block_table))
+        if state.pending_pages != pages & self._pending.keys():
+            raise AccountingError(f"request {name} does not wait for its own pending pages")
+        if any(state not in self._pending[page] for page in state.pending_pages):
+            raise AccountingError(f"request {name} would not hear of a complete page")
+        if state.is_stalled and state.is_in_flight:
+            raise AccountingError(f"request {name} is in flight, but its pages are not complete")
+        if state.num_outside != self._count_outside(state):
+            raise AccountingError(f"request {name} has another number of blocks to move")
 
 
 def _chunk(state: _RequestState, tokens: int) -> Chunk:

@@ -44,7 +44,8 @@ from kunserve.core.events import (
 )
 from kunserve.core.ids import InstanceId, RequestId
 from kunserve.core.request import Request
-from kunserve.policy.controller import Controller, ControllerConfig
+from kunserve.policy.book import ControllerConfig
+from kunserve.policy.controller import Controller
 from kunserve.policy.scheduler import SchedulerConfig
 from kunserve.runtime.codec import CodecError, LoadProgress, Shutdown, StartFailed
 from kunserve.runtime.settings import InstanceSettings

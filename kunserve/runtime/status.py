@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from kunserve.core.events import StepTiming
 from kunserve.core.ids import InstanceId
+from kunserve.core.layout import Group
 from kunserve.core.step import GroupLoad
+from kunserve.core.transition import TransitionRecord
 
 
 @dataclass(frozen=True)
 class InstanceStatus:
     """One instance as the front sees it.
 
-    `state` is "starting", "ready", "waiting for restart" or "dead". `heartbeat_age_s` counts from
+    `state` is "starting", "ready", "resetting", "draining", "waiting for restart" or "dead". `load`
+    and `timing` are the group's, on its leader alone. `pages` by kind of owner: "part", "kv",
+    "free", ... . `heartbeat_age_s` counts from
     the last message of the instance to the moment of the snapshot.
     """
 
@@ -23,6 +28,36 @@ class InstanceStatus:
     heartbeat_age_s: float
     load: GroupLoad | None
     timing: StepTiming = StepTiming()
+    pages: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GroupStatus:
+    """One group that serves. `kv_blocks` are usable by its scheduler now; `whole_blocks` is what
+    its members would have as whole instances. `in_transition` names the state of the transition
+    that the group takes part in, or None."""
+
+    group: Group
+    kv_blocks: int
+    whole_blocks: int
+    num_requests: int
+    load: GroupLoad | None
+    in_transition: str | None = None
+
+
+@dataclass(frozen=True)
+class TransitionTotals:
+    """Sums over all transitions since the start. `outcomes`: count by (kind, outcome); `phase_ns`
+    by (kind, phase)."""
+
+    outcomes: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    phase_ns: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    exchanged_bytes: int = 0
+    gathered_bytes: int = 0
+    gained_bytes: int = 0
+    stalled_requests: int = 0
+    stalled_ns: int = 0
+    degraded_ns: int = 0
 
 
 @dataclass(frozen=True)
@@ -34,5 +69,11 @@ class ClusterView:
     draining: bool = False
     num_requests: int = 0
     instances: tuple[InstanceStatus, ...] = ()
+    groups: tuple[GroupStatus, ...] = ()
+    epoch: int = 0
+    block_size: int = 0
+    dropped_bytes: int = 0
+    totals: TransitionTotals = TransitionTotals()
+    last_transition: TransitionRecord | None = None
     cpu_ns: int = 0
     at_ns: int = 0

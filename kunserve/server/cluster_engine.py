@@ -18,6 +18,7 @@ from kunserve.core.events import DeliverTokens, RefusalKind, RefuseRequest
 from kunserve.core.ids import RequestId
 from kunserve.core.request import Request, SamplingParams, TokenOutput
 from kunserve.runtime.cluster import Cluster
+from kunserve.runtime.stats_log import CounterSums
 from kunserve.runtime.status import ClusterView
 from kunserve.server.engine import EngineStatus
 
@@ -29,15 +30,25 @@ _REFUSALS: dict[RefusalKind, Callable[[str], KunserveError]] = {
 }
 
 
+# An instance that drains still serves. One that resets loads what it dropped, and may say nothing
+# meanwhile: that is no silence, and the controller has a deadline of its own for it.
+_ANSWERING = ("ready", "draining")
+_ALIVE = (*_ANSWERING, "resetting")
+
+
 class ClusterEngine:
     """Streams of tokens for HTTP handlers, which all run on one event loop.
 
     Args:
+        sums: fed with every view of `cluster`, by whoever made it.
         heartbeat_timeout_s: an instance that is silent for longer counts as unhealthy.
     """
 
-    def __init__(self, cluster: Cluster, vocab_size: int, heartbeat_timeout_s: float) -> None:
+    def __init__(
+        self, cluster: Cluster, sums: CounterSums, vocab_size: int, heartbeat_timeout_s: float
+    ) -> None:
         self._cluster = cluster
+        self._sums = sums
         self._vocab_size = vocab_size
         self._heartbeat_timeout_s = heartbeat_timeout_s
 
@@ -90,14 +101,20 @@ class ClusterEngine:
             num_requests=view.num_requests,
             instances=view.instances,
             controller_cpu_s=view.cpu_ns / 1e9,
+            counters=self._sums.totals,
+            epoch=view.epoch,
+            groups=view.groups,
+            block_size=view.block_size,
+            dropped_bytes=view.dropped_bytes,
+            totals=view.totals,
         )
 
     def _is_healthy(self, view: ClusterView) -> bool:
-        """Some instance serves, the controller goes on, and none that should answer is silent."""
-        serving = [instance for instance in view.instances if instance.state == "ready"]
+        """Some instance lives, the controller goes on, and none that should answer is silent."""
+        answering = [instance for instance in view.instances if instance.state in _ANSWERING]
         view_age_s = (time.monotonic_ns() - view.at_ns) / 1e9
         return (
-            bool(serving)
+            any(instance.state in _ALIVE for instance in view.instances)
             and view_age_s <= self._heartbeat_timeout_s
-            and all(instance.heartbeat_age_s <= self._heartbeat_timeout_s for instance in serving)
+            and all(instance.heartbeat_age_s <= self._heartbeat_timeout_s for instance in answering)
         )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from kunserve.core.ids import RequestId
+from kunserve.core.ids import InstanceId, RequestId
 from kunserve.core.request import SamplingParams, TokenOutput
-from kunserve.runtime.status import InstanceStatus
+from kunserve.runtime.stats_log import InstanceCounters
+from kunserve.runtime.status import GroupStatus, InstanceStatus, TransitionTotals
 
 __all__ = ["EngineClient", "EngineStatus", "InstanceStatus"]
 
@@ -18,7 +19,10 @@ class EngineStatus:
     """`ready`: at least one instance takes requests and the front does not drain.
     `healthy`: an instance serves, and neither the controller nor an instance that should answer
     has been silent past its deadline.
-    `controller_cpu_s`: what the controller's thread has computed since the start."""
+    `controller_cpu_s`: what the controller's thread has computed since the start.
+    `counters`: what every instance did since the start of the front; they never go back.
+    `epoch`, `groups`, `dropped_bytes` (of parameters) and `totals`: of the layout, as in
+    `ClusterView`. `block_size`: tokens of a KV block."""
 
     ready: bool
     healthy: bool
@@ -26,6 +30,12 @@ class EngineStatus:
     num_requests: int
     instances: tuple[InstanceStatus, ...]
     controller_cpu_s: float = 0.0
+    counters: Mapping[InstanceId, InstanceCounters] = field(default_factory=dict)
+    epoch: int = 0
+    groups: tuple[GroupStatus, ...] = ()
+    block_size: int = 0
+    dropped_bytes: int = 0
+    totals: TransitionTotals = TransitionTotals()
 
 
 class EngineClient(Protocol):

@@ -1,6 +1,7 @@
 """`kunserve serve`: puts the cluster and HTTP together, and ends them in order.
 
-Threads: HTTP (this one), the controller (see `kunserve.runtime.cluster`), tokenising (a pool).
+Threads: HTTP (this one: the API, and the admin API where it is on), the controller (see
+`kunserve.runtime.cluster`), tokenising (a pool).
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ from kunserve.config import ServeConfig
 from kunserve.core.errors import ConfigError
 from kunserve.core.ids import InstanceId
 from kunserve.core.model import ModelSpec
-from kunserve.policy.controller import SECOND_NS, ControllerConfig
+from kunserve.policy.book import SECOND_NS, ControllerConfig
 from kunserve.policy.pages import MemoryPlan
 from kunserve.policy.scheduler import SchedulerConfig
 from kunserve.runtime.cluster import Cluster, ClusterSettings
 from kunserve.runtime.model_config import load_model_spec
 from kunserve.runtime.model_source import ResolvedModel, default_cache_dir, resolve_model
 from kunserve.runtime.process import raise_file_limit
-from kunserve.runtime.stats_log import StatsLogger
+from kunserve.runtime.stats_log import CounterSums, StatsLogger
+from kunserve.server.admin import create_admin_app
 from kunserve.server.app import create_app
 from kunserve.server.cluster_engine import ClusterEngine
 from kunserve.server.settings import GenerationDefaults, ServerConfig, load_generation_defaults
@@ -188,12 +190,53 @@ class _QuietServer(uvicorn.Server):
         yield
 
 
-class Shutdown:
-    """SIGTERM and SIGINT: the first drains, a second one ends at once."""
+class Site:
+    """One ASGI application on one bound port."""
 
-    def __init__(self, cluster: Cluster, server: uvicorn.Server, timeout_s: float) -> None:
+    def __init__(self, app: Starlette, listener: socket.socket, access_log: bool) -> None:
+        self._listener = listener
+        self._server = _QuietServer(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=access_log,
+                timeout_graceful_shutdown=FLUSH_TIMEOUT_S,
+                lifespan="off",
+            )
+        )
+
+    def listen(self) -> str:
+        """Take connections from now on; returns the address. They are served by `serve`.
+
+        Raises:
+            ConfigError: another server has bound the port as well and listens already: the kernel
+                lets both bind until one does.
+        """
+        host, port = self._listener.getsockname()[:2]
+        with _address_errors(host, port):
+            self._listener.listen(self._server.config.backlog)
+        return f"http://{host}:{port}"
+
+    async def serve(self) -> None:
+        """Serve until `end`."""
+        await self._server.serve(sockets=[self._listener])
+
+    def end(self, flush_timeout_s: int | None = None) -> None:
+        """Stop listening; responses under way get `flush_timeout_s` to be sent out."""
+        if flush_timeout_s is not None:
+            self._server.config.timeout_graceful_shutdown = flush_timeout_s
+        self._server.should_exit = True
+
+
+class Shutdown:
+    """SIGTERM and SIGINT: the first drains, a second one ends at once.
+
+    Only the API is told. The admin API ends after it, so that a drain can be watched.
+    """
+
+    def __init__(self, cluster: Cluster, api: Site, timeout_s: float) -> None:
         self._cluster = cluster
-        self._server = server
+        self._api = api
         self._timeout_s = timeout_s
         self._task: asyncio.Task[None] | None = None
 
@@ -205,7 +248,7 @@ class Shutdown:
         logger.warning("second signal: ending now")
         self._task.cancel()
         self._cluster.begin_stop(at_once=True)  # streams still open are told so, and end
-        self._server.should_exit = True
+        self._api.end()
 
     async def _drain(self) -> None:
         # Polled, not waited for in a thread: asyncio.run would join that thread at its end, and
@@ -220,8 +263,7 @@ class Shutdown:
             self._cluster.begin_stop()
         # Clients that read slowly have what is left of the time.
         left_s = int(deadline_s - time.monotonic())
-        self._server.config.timeout_graceful_shutdown = max(FLUSH_TIMEOUT_S, left_s)
-        self._server.should_exit = True
+        self._api.end(max(FLUSH_TIMEOUT_S, left_s))
 
 
 def run(config: ServeConfig) -> int:
@@ -233,30 +275,38 @@ def run(config: ServeConfig) -> int:
     raise_file_limit()
     # Until HTTP listens, a signal ends the start in order; then `Shutdown` takes over.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with contextlib.closing(bind(config.host, config.port)) as listener:
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(bind(config.host, config.port))
+        admin_listener = None
+        if config.admin_port is not None:
+            admin_listener = stack.enter_context(bind(config.host, config.admin_port))
         plan = make_plan(config, logger.info)
         logger.info("%s", plan.describe())
         stats = StatsLogger()
         cluster = Cluster(cluster_settings(plan), StartProgress(), stats.observe)
         cluster.start()
-        try:
-            with contextlib.closing(Tokenizer.load(plan.model.directory)) as tokenizer:
-                cluster.wait_ready()
-                app = make_app(plan, cluster, tokenizer)
-                # uvloop, and httptools which uvicorn takes by itself: a streamed token costs less.
-                with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                    runner.run(_serve_http(app, cluster, config, listener))
-            cluster.raise_failure()
-        finally:
-            cluster.stop()
+        stack.callback(cluster.stop)
+        tokenizer = stack.enter_context(contextlib.closing(Tokenizer.load(plan.model.directory)))
+        cluster.wait_ready()
+        debug = config.log_level == "debug"
+        api = Site(make_app(plan, cluster, stats.sums, tokenizer), listener, debug)
+        admin = None
+        if admin_listener is not None:
+            admin = Site(create_admin_app(cluster, config.admin_key), admin_listener, debug)
+        # uvloop, and httptools which uvicorn takes by itself: a streamed token costs less.
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve_http(api, admin, cluster, config.shutdown_timeout))
+        cluster.raise_failure()
     logger.info("stopped")
     return 0
 
 
-def make_app(plan: ServePlan, cluster: Cluster, tokenizer: Tokenizer) -> Starlette:
-    """The HTTP application over a started cluster."""
+def make_app(
+    plan: ServePlan, cluster: Cluster, sums: CounterSums, tokenizer: Tokenizer
+) -> Starlette:
+    """The HTTP application over a started cluster, whose views `sums` observes."""
     config = plan.config
-    engine = ClusterEngine(cluster, plan.spec.vocab_size, config.heartbeat_timeout)
+    engine = ClusterEngine(cluster, sums, plan.spec.vocab_size, config.heartbeat_timeout)
     defaults = GenerationDefaults()
     if config.generation_config == "auto":
         defaults = load_generation_defaults(plan.model.directory)
@@ -278,34 +328,28 @@ def _default_names(plan: ServePlan) -> tuple[str, ...]:
 
 
 async def _serve_http(
-    app: Starlette, cluster: Cluster, config: ServeConfig, listener: socket.socket
+    api: Site, admin: Site | None, cluster: Cluster, shutdown_timeout_s: float
 ) -> None:
-    server = _QuietServer(
-        uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=config.log_level == "debug",
-            timeout_graceful_shutdown=FLUSH_TIMEOUT_S,
-            lifespan="off",
-        )
-    )
-    shutdown = Shutdown(cluster, server, config.shutdown_timeout)
+    shutdown = Shutdown(cluster, api, shutdown_timeout_s)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, shutdown.on_signal)
-    watch = loop.create_task(_end_with_cluster(cluster, server))
-    host, port = listener.getsockname()[:2]
-    # Before the line below, whose reader may connect at once. Another server may have bound the
-    # port as well and listen already: the kernel lets both bind until one does.
-    with _address_errors(host, port):
-        listener.listen(server.config.backlog)
-    logger.info("serving on http://%s:%d", host, port)
-    await server.serve(sockets=[listener])
+    watch = loop.create_task(_end_with_cluster(cluster, api))
+    # Before the lines below, whose readers may connect at once; the API's comes last.
+    if admin is not None:
+        logger.info("admin API on %s", admin.listen())
+    logger.info("serving on %s", api.listen())
+    async with asyncio.TaskGroup() as tasks:
+        if admin is not None:
+            tasks.create_task(admin.serve())
+        await api.serve()
+        if admin is not None:
+            admin.end()
     watch.cancel()
 
 
-async def _end_with_cluster(cluster: Cluster, server: uvicorn.Server) -> None:
+async def _end_with_cluster(cluster: Cluster, api: Site) -> None:
     """The controller failing ends the command: better restarted than half alive."""
     while not cluster.ended.is_set():
         await asyncio.sleep(0.5)
-    server.should_exit = True
+    api.end()

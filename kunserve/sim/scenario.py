@@ -7,7 +7,7 @@ from random import Random
 
 from kunserve.core.ids import RequestId
 from kunserve.core.request import Request, SamplingParams
-from kunserve.policy.controller import ControllerConfig
+from kunserve.policy.book import ControllerConfig
 from kunserve.policy.cost_model import CostModel
 from kunserve.policy.scheduler import SchedulerConfig
 from kunserve.sim.faults import Fault, draw_faults

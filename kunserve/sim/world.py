@@ -38,7 +38,8 @@ from kunserve.core.events import (
     StartInstance,
 )
 from kunserve.core.ids import InstanceId, RequestId
-from kunserve.policy.controller import Controller, InstanceState
+from kunserve.policy.book import InstanceState
+from kunserve.policy.controller import Controller
 from kunserve.sim.faults import Crash, Fault, Freeze, LastWords, SlowSteps, StuckStep, end_ns
 from kunserve.sim.instance import DownMessage, SimInstance, UpMessage
 from kunserve.sim.laws import FrontFacts, LawBrokenError, Laws, StreamState

@@ -63,3 +63,23 @@ def build_step_inputs(chunks: Sequence[Chunk], block_size: int) -> StepInputs:
             block_tables=block_tables,
         ),
     )
+
+
+def without_tokens(chunks: Sequence[Chunk]) -> tuple[Chunk, ...]:
+    """`chunks` as the stages behind the leader get them: only the number of tokens is left.
+
+    They compute on hidden rows and have no embedding. Zeros take one byte each in a message where
+    ids take up to three: 512 bytes beside the megabyte of hidden rows of a chunk of 512 tokens, so
+    a message type of its own for a count would save nothing.
+    """
+    return tuple(
+        Chunk(
+            request_id=chunk.request_id,
+            token_ids=(0,) * len(chunk.token_ids),
+            context_len=chunk.context_len,
+            block_table=chunk.block_table,
+            samples=chunk.samples,
+            output_index=chunk.output_index,
+        )
+        for chunk in chunks
+    )

@@ -7,6 +7,7 @@ parts it is given, nothing else differs.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -47,8 +48,8 @@ class DecoderMemory:
 class Decoder:
     """Runs `layers` of the model over weights and KVCache that lie at the addresses of `memory`.
 
-    Making one is cheap (the rope table is shared), so that a new layout gets a new decoder. It
-    computes on the calling thread and is used by one thread at a time.
+    A new layout gets a new decoder from `for_layers`, which costs microseconds. It computes on the
+    calling thread and is used by one thread at a time.
 
     Args:
         rope: positions 0..max_model_len - 1, from `build_rope_table`.
@@ -67,16 +68,46 @@ class Decoder:
         rope: RopeTable,
         block_size: int,
     ) -> None:
-        self._spec = spec
+        self.spec = spec
+        self.block_size = block_size
         self._kernels = kernels
         self._memory = memory
-        self._layers = tuple(
-            _prepare_layer(spec, kernels, memory, layer, rope, block_size) for layer in layers
-        )
-        self.layers = layers
+        self._rope = rope
+        # By layer; addresses never change, so every decoder made by `for_layers` shares them.
+        self._prepared: dict[int, PreparedLayer] = {}
+        self._select(layers)
         self.has_embedding = Part(PartKind.EMBEDDING) in memory.parts
         self._head_part = Part(PartKind.EMBEDDING if spec.tied_embeddings else PartKind.HEAD)
         self.has_head = self._head_part in memory.parts
+
+    def for_layers(self, layers: LayerRange) -> Decoder:
+        """A decoder of other `layers` on the same memory. This one stays as it is.
+
+        Raises:
+            AccountingError: a part or a KV range of `layers` has no address.
+        """
+        other = copy.copy(self)
+        other._select(layers)
+        return other
+
+    def _select(self, layers: LayerRange) -> None:
+        for layer in layers:
+            if layer not in self._prepared:
+                self._prepared[layer] = _prepare_layer(
+                    self.spec, self._kernels, self._memory, layer, self._rope, self.block_size
+                )
+        self.layers = layers
+        self._layers = tuple(self._prepared[layer] for layer in layers)
+
+    @property
+    def kv_bases(self) -> tuple[int, ...]:
+        """Address of KV block 0 of each of `layers`, in order."""
+        return tuple(self._memory.kv_bases[layer] for layer in self.layers)
+
+    @property
+    def kv_block_bytes(self) -> int:
+        """Bytes of one KV block of one layer."""
+        return layer_shape(self.spec, self.block_size).kv_block_bytes
 
     def embed(self, token_ids: NDArray[np.int32]) -> FloatArray:
         """Hidden rows [M, hidden_size] of `token_ids` [M].
@@ -86,9 +117,9 @@ class Decoder:
             KernelArgumentError: an id lies outside the vocabulary.
         """
         part = Part(PartKind.EMBEDDING)
-        tied = self._spec.tied_embeddings
+        tied = self.spec.tied_embeddings
         table = self._address(part, "matrix" if tied else "rows")
-        spec = self._spec
+        spec = self.spec
         hidden = np.empty((len(token_ids), spec.hidden_size), np.float32)
         gather = self._kernels.embed_packed if tied else self._kernels.embed_rows
         gather(table, spec.vocab_size, spec.hidden_size, token_ids, hidden)
@@ -117,7 +148,7 @@ class Decoder:
         Raises:
             AccountingError: the head is not held here.
         """
-        spec = self._spec
+        spec = self.spec
         norm = self._address(self._head_part, "final_norm")
         matrix = self._address(self._head_part, "matrix")
         selected = hidden[rows]
@@ -131,7 +162,7 @@ class Decoder:
         slab = self._memory.parts.get(part)
         if slab is None:
             raise AccountingError(f"this stage does not hold the {part}")
-        return slab + part_format(self._spec, part).offset_bytes(field)
+        return slab + part_format(self.spec, part).offset_bytes(field)
 
 
 def build_rope_table(spec: ModelSpec, max_positions: int) -> RopeTable:

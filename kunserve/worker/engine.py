@@ -89,7 +89,9 @@ class Engine:
     @property
     def total_blocks(self) -> int:
         """KV blocks of this instance as a group of its own."""
-        return self.memory.usable_blocks(self.slot)
+        own = self.slots.slot_range(self.slot)
+        pages = sum(run.count for run in self.memory.complete_pages(own))
+        return pages * self.plan.geometry.blocks_per_page
 
     def make_pool(self) -> BlockPool:
         """The block pool of a group of this instance alone."""

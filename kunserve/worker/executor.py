@@ -2,62 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from kunserve.core.step import SampledToken, StepPlan, StepResult
+from kunserve.core.errors import AccountingError
 from kunserve.device.kernels.base import Kernels
-from kunserve.worker.batch import build_step_inputs
-from kunserve.worker.decoder import Decoder, FloatArray, StepCancelledError
-from kunserve.worker.sampler import Sampler, SamplingFailure
+from kunserve.worker.decoder import Decoder
+from kunserve.worker.sampler import Sampler
+from kunserve.worker.stage import StageExecutor
 
 
-class Executor:
-    """Runs plans on a decoder that holds all layers, the embedding and the head.
+class Executor(StageExecutor):
+    """A stage that starts with all layers: `execute` is the whole step.
 
-    Used by one thread at a time. The sampling state of running requests lives here, beside the
-    head, and follows `StepPlan.started` and `StepPlan.released`.
+    Raises:
+        AccountingError: `block_size` is not the decoder's.
     """
 
     def __init__(
         self, decoder: Decoder, kernels: Kernels, sampler: Sampler, block_size: int
     ) -> None:
-        self._decoder = decoder
-        self._kernels = kernels
+        super().__init__(decoder, kernels)
+        if block_size != decoder.block_size:
+            raise AccountingError(f"blocks of {block_size} and {decoder.block_size} tokens")
         self._sampler = sampler
-        self._block_size = block_size
-
-    def execute(self, plan: StepPlan, cancelled: Callable[[], bool]) -> StepResult:
-        """Compute a plan. `cancelled` is asked before every layer and before the head.
-
-        Raises:
-            AccountingError: the plan does not fit what was started, or its tables its positions.
-        """
-        for request_id in plan.released:
-            self._sampler.release(request_id)
-        for request in plan.started:
-            self._sampler.start(request)
-        try:
-            logits = self._forward(plan, cancelled)
-        except StepCancelledError:
-            return StepResult(plan.epoch, plan.step, (), cancelled=True)
-        rows = [(c.request_id, c.output_index) for c in plan.chunks if c.samples]
-        drawn = self._sampler.sample(logits, rows)
-        return StepResult(
-            epoch=plan.epoch,
-            step=plan.step,
-            tokens=tuple(token for token in drawn if isinstance(token, SampledToken)),
-            failed=tuple(
-                (failure.request_id, failure.message)
-                for failure in drawn
-                if isinstance(failure, SamplingFailure)
-            ),
-        )
-
-    def _forward(self, plan: StepPlan, cancelled: Callable[[], bool]) -> FloatArray:
-        inputs = build_step_inputs(plan.chunks, self._block_size)
-        batch = self._kernels.prepare_batch(inputs.batch)
-        hidden = self._decoder.embed(inputs.token_ids)
-        self._decoder.run_layers(hidden, batch, cancelled)
-        if cancelled():
-            raise StepCancelledError("the step was cancelled before its head; schedule it again")
-        return self._decoder.logits(hidden, inputs.sample_rows)

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from kunserve.core.errors import AccountingError
-from kunserve.core.ids import SlotId
+from kunserve.core.ids import BlockId, SlotId
 from kunserve.core.layout import Part, PartKind
+from kunserve.core.memory import PageRun, pages_of
 from kunserve.core.model import ModelSpec
 from kunserve.device import arena as arenas
 from kunserve.device.arena import (
@@ -36,9 +37,9 @@ from kunserve.device.arena import (
 from kunserve.policy.pages import (
     KvPages,
     PageGeometry,
-    PageRun,
     PartPages,
     SlotMap,
+    TransferId,
     plan_memory,
 )
 from kunserve.worker.memory import InstanceMemory
@@ -544,9 +545,11 @@ def open_memory(backend: str, *, poison: bool, mapping_limit: int | None = None)
 def test_instance_starts_with_its_parts_and_its_own_slot(memory: InstanceMemory) -> None:
     memory.check()
     assert memory.held_layers == (0, 1, 2)
-    assert memory.usable_blocks(OWN_SLOT) == memory.plan.kv_blocks
-    assert memory.usable_blocks(OTHER_SLOT) == 0
-    assert memory.ledger.free_pages == memory.plan.free_pages == 1
+    own = memory.slots.slot_range(OWN_SLOT)
+    assert memory.home_runs == (PageRun(own.start, KV_PAGES),)
+    assert memory.complete_pages() == memory.complete_pages(own) == memory.home_runs
+    assert memory.complete_pages(memory.slots.slot_range(OTHER_SLOT)) == ()
+    assert memory.free_pages == memory.plan.free_pages == 1
     bases = [memory.kv_base(layer) for layer in range(NUM_LAYERS)]
     addresses = [*bases, *(memory.part_address(part) for part in SPEC.parts)]
     assert len(set(addresses)) == len(addresses)
@@ -558,34 +561,37 @@ def test_instance_starts_with_its_parts_and_its_own_slot(memory: InstanceMemory)
 
 def test_blocks_lie_where_the_slot_map_says(memory: InstanceMemory) -> None:
     geometry = memory.plan.geometry
-    last = memory.slots.block_id(OWN_SLOT, memory.usable_blocks(OWN_SLOT) - 1)
+    last = memory.slots.block_id(OWN_SLOT, memory.plan.kv_blocks - 1)
+    memory.block_view(1, last)[:] = 42
     address = memory.kv_base(1) + memory.slots.offset_bytes(last)
-    memory.arena.view(address, geometry.block_bytes)[:] = 42
+    assert (memory.arena.view(address, geometry.block_bytes) == 42).all()
     place = memory.slots.place(last)
-    page = memory.ledger.page_at(KvPages(1, OWN_SLOT), place.page)
+    page = memory.physical_page(1, memory.slots.range_page(OWN_SLOT, place.page))
     offset_bytes = place.block_in_page * geometry.block_bytes
-    physical = memory.arena.view(
-        memory.arena.page_address(page, offset_bytes), geometry.block_bytes
-    )
+    physical = memory.arena.view(memory.identity_address(page, offset_bytes), geometry.block_bytes)
     assert (physical == 42).all()
+    assert memory.identity.num_pages == memory.plan.num_pages
+    assert memory.identity.address == memory.identity_address(0)
+    with pytest.raises(AccountingError, match="no page"):
+        memory.block_view(1, memory.slots.block_id(OTHER_SLOT, 0))
+    with pytest.raises(AccountingError, match="no block"):
+        memory.block_view(1, BlockId(memory.slots.num_blocks))
 
 
 def test_dropped_part_becomes_kv_of_another_slot(memory: InstanceMemory) -> None:
     held = memory.part_view(LAYERS[0])
     held[:] = 7
-    own = memory.arena.view(memory.kv_base(1) + own_slot_bytes(memory), 64)
+    own = memory.block_view(1, memory.slots.block_id(OWN_SLOT, 0))
     own[:] = 9
-    freed = memory.release_part(LAYERS[2])
-    assert freed == 2
+    assert memory.release_part(LAYERS[2]) == 2
     memory.check()
     assert memory.held_layers == (0, 1)
     assert not memory.holds(LAYERS[2])
-    for layer in (0, 1):
-        assert memory.grow_kv(OTHER_SLOT, layer, 1) == 1
+    start = memory.slots.slot_range(OTHER_SLOT).start
+    memory.map_kv_many({layer: [PageRun(start, 1)] for layer in (0, 1)})
     memory.check()
-    assert memory.usable_blocks(OTHER_SLOT) == memory.plan.geometry.blocks_per_page
-    offset = memory.slots.offset_bytes(memory.slots.block_id(OTHER_SLOT, 0))
-    fresh = memory.arena.view(memory.kv_base(0) + offset, memory.plan.geometry.page_bytes)
+    assert memory.complete_pages(memory.slots.slot_range(OTHER_SLOT)) == (PageRun(start, 1),)
+    fresh = memory.block_view(0, memory.slots.block_id(OTHER_SLOT, 0))
     assert np.isnan(fresh.view(np.float32)).all()
     assert (held == 7).all()
     assert (own == 9).all()
@@ -593,43 +599,87 @@ def test_dropped_part_becomes_kv_of_another_slot(memory: InstanceMemory) -> None
         memory.part_view(LAYERS[2])
 
 
-def own_slot_bytes(memory: InstanceMemory) -> int:
-    return memory.slots.offset_bytes(memory.slots.block_id(OWN_SLOT, 0))
+def test_pages_of_an_exchange_come_and_go_in_any_order(memory: InstanceMemory) -> None:
+    per_page, first = memory.plan.geometry.blocks_per_page, memory.home_runs[0].start
+    blocks = [BlockId((first + page) * per_page) for page in range(KV_PAGES)]
+    for label, block in enumerate(blocks):
+        memory.block_view(0, block)[:] = label + 1
+    memory.unmap_kv(0, [PageRun(first + 3, 1), PageRun(first + 1, 1)])
+    other = memory.slots.slot_range(OTHER_SLOT).start
+    memory.map_kv(0, [PageRun(other + 2, 3)])
+    memory.check()
+    assert memory.kv_runs(0) == (
+        PageRun(first, 1),
+        PageRun(first + 2, 1),
+        PageRun(first + 4, 1),
+        PageRun(other + 2, 3),
+    )
+    assert memory.complete_pages() == memory.kv_runs(0)[:3]
+    for label in (0, 2, 4):
+        assert (memory.block_view(0, blocks[label]) == label + 1).all()
+    for label in (1, 3):
+        with pytest.raises(AccountingError, match="no page"):
+            memory.block_view(0, blocks[label])
+    page_bytes = memory.plan.geometry.page_bytes
+    hole = memory.arena.view(memory.kv_base(0) + (first + 1) * page_bytes, page_bytes)
+    assert not hole.any()
+
+
+def test_a_part_arrives_through_the_identity_range(memory: InstanceMemory) -> None:
+    address, transfer = memory.part_address(LAYERS[1]), TransferId(3)
+    memory.release_part(LAYERS[1])
+    # The pages that it left are taken, so that its new ones lie elsewhere and apart.
+    memory.map_kv(0, [PageRun(0, 1)])
+    memory.map_kv(0, [PageRun(2, 2)])
+    memory.unmap_kv(0, [PageRun(0, 1), PageRun(3, 1)])
+    pages = pages_of(memory.begin_incoming(LAYERS[1], transfer))
+    assert not memory.holds(LAYERS[1])
+    page_bytes = memory.plan.geometry.page_bytes
+    for label, page in enumerate(pages):
+        memory.arena.view(memory.identity_address(page), page_bytes)[:] = label + 1
+    memory.check()
+    memory.finish_incoming(LAYERS[1])
+    memory.check()
+    assert memory.part_address(LAYERS[1]) == address
+    arrived = memory.part_view(LAYERS[1]).reshape(len(pages), page_bytes)
+    assert (arrived == np.arange(1, len(pages) + 1, dtype=np.uint8)[:, None]).all()
 
 
 def test_dropped_part_comes_back_at_its_address(memory: InstanceMemory) -> None:
-    address = memory.part_address(LAYERS[1])
+    address, before = memory.part_address(LAYERS[1]), memory.counts()
     memory.release_part(LAYERS[1])
-    memory.grow_kv(OWN_SLOT, 0, 2)
-    memory.shrink_kv(OWN_SLOT, 0, 2)
+    memory.map_kv(0, [PageRun(0, 2)])
+    memory.unmap_kv(0, [PageRun(0, 2)])
     memory.hold_part(LAYERS[1])
     memory.check()
     assert memory.part_address(LAYERS[1]) == address
     assert np.isnan(memory.part_view(LAYERS[1]).view(np.float32)).all()
-    assert memory.usable_blocks(OWN_SLOT) == memory.plan.kv_blocks
+    assert memory.complete_pages() == memory.home_runs
+    assert memory.counts() == before
 
 
 def test_refused_changes_leave_ledger_and_arena_agreeing(memory: InstanceMemory) -> None:
-    before = {owner: memory.ledger.runs(owner) for owner in memory.ledger.owners()}
-    work = Work()
-    for refused, error in (
-        (lambda: memory.release_part(LAYERS[0], after=work), WorkInFlightError),
-        (lambda: memory.shrink_kv(OWN_SLOT, 0, 1, after=work), WorkInFlightError),
-        (lambda: memory.shrink_kv(OWN_SLOT, 0, KV_PAGES + 1), AccountingError),
-        (lambda: memory.shrink_kv(OTHER_SLOT, 0, 1), AccountingError),
-        (lambda: memory.grow_kv(OWN_SLOT, 0, 2), AccountingError),  # one page is free
-        (lambda: memory.grow_kv(OWN_SLOT, 0, 0), AccountingError),
-        (lambda: memory.grow_kv(OWN_SLOT, 0, memory.slots.slot_pages), AccountingError),
-        (lambda: memory.grow_kv(SlotId(16), 0, 1), AccountingError),
-        (lambda: memory.grow_kv(OWN_SLOT, NUM_LAYERS, 1), AccountingError),
-        (lambda: memory.hold_part(LAYERS[0]), AccountingError),
-        (lambda: memory.part_address(Part(PartKind.HEAD)), AccountingError),
-        (lambda: memory.kv_base(-1), AccountingError),
+    def state() -> tuple[object, ...]:
+        return memory.counts(), memory.kv_extents(), memory.part_runs()
+
+    before, first = state(), memory.home_runs[0].start
+    for refused in (
+        lambda: memory.unmap_kv(0, [PageRun(first, KV_PAGES + 1)]),
+        lambda: memory.unmap_kv(0, [PageRun(0, 1)]),
+        lambda: memory.map_kv(0, [PageRun(0, 2)]),  # one page is free
+        lambda: memory.map_kv(0, [PageRun(first, 1)]),
+        lambda: memory.map_kv(0, [PageRun(0, 0)]),
+        lambda: memory.map_kv(0, [PageRun(memory.slots.range_pages, 1)]),
+        lambda: memory.map_kv(NUM_LAYERS, [PageRun(0, 1)]),
+        lambda: memory.hold_part(LAYERS[0]),
+        lambda: memory.finish_incoming(LAYERS[0]),
+        lambda: memory.part_address(Part(PartKind.HEAD)),
+        lambda: memory.kv_base(-1),
     ):
-        with pytest.raises(error):
+        with pytest.raises(AccountingError):
             refused()
         memory.check()
-    assert {owner: memory.ledger.runs(owner) for owner in memory.ledger.owners()} == before
+        assert state() == before
 
 
 def test_arena_refusal_gives_the_pages_back() -> None:
@@ -637,44 +687,52 @@ def test_arena_refusal_gives_the_pages_back() -> None:
         needed = unlimited.arena.mapping_count
     with open_memory("host", poison=False, mapping_limit=needed) as memory:
         with pytest.raises(MappingLimitError):
-            memory.grow_kv(OTHER_SLOT, 0, 1)
+            memory.map_kv(0, [PageRun(0, 1)])
         memory.check()
-        assert memory.ledger.free_pages == 1
+        assert memory.free_pages == 1
+        middle = PageRun(memory.home_runs[0].start + 1, 1)
+        with pytest.raises(MappingLimitError):  # a hole inside a run costs mappings, too
+            memory.unmap_kv(0, [middle])
+        memory.check()
+        assert memory.complete_pages() == memory.home_runs
 
 
 def test_check_sees_what_ledger_and_arena_do_not_share(memory: InstanceMemory) -> None:
-    memory.ledger.take(KvPages(0, OTHER_SLOT), 1)
-    with pytest.raises(AccountingError, match="KV of layer 0"):
+    memory.ledger.place(0, [PageRun(0, 1)])
+    with pytest.raises(AccountingError, match="KV of layer 0: the mapper shows"):
         memory.check()
-    memory.ledger.give(KvPages(0, OTHER_SLOT))
+    memory.ledger.remove(0, [PageRun(0, 1)])
     memory.check()
     runs = memory.ledger.give(PartPages(LAYERS[0]))
-    with pytest.raises(AccountingError, match="layer 0: the arena maps"):
+    with pytest.raises(AccountingError, match="layer 0: the mapper shows"):
         memory.check()
     assert memory.ledger.take(PartPages(LAYERS[0]), 2) == runs
     memory.check()
+
+
+def test_check_sees_a_hole_in_a_slab(memory: InstanceMemory) -> None:
+    slab = VirtualRange(memory.part_address(LAYERS[0]), 2, memory.plan.geometry.page_bytes)
+    memory.arena.unmap(slab, 0, 1)
+    with pytest.raises(ArenaError, match="hole inside the slab of layer 0"):
+        memory.check()
 
 
 def test_plan_and_arena_must_fit(backend: str) -> None:
     with open_memory(backend, poison=False) as memory:
         plan, slots = memory.plan, memory.slots
     page_bytes = plan.geometry.page_bytes
-    with (
-        create_arena(backend, page_bytes=page_bytes, num_pages=plan.num_pages + 1) as arena,
-        pytest.raises(AccountingError, match="arena of"),
-    ):
-        InstanceMemory(plan, slots, OWN_SLOT, arena)
-    with (
-        create_arena(backend, page_bytes=2 * page_bytes, num_pages=plan.num_pages) as arena,
-        pytest.raises(AccountingError, match="page sizes differ"),
-    ):
-        InstanceMemory(plan, slots, OWN_SLOT, arena)
+    for pages, size in ((plan.num_pages + 1, page_bytes), (plan.num_pages, 2 * page_bytes)):
+        with (
+            create_arena(backend, page_bytes=size, num_pages=pages) as arena,
+            pytest.raises(AccountingError, match="arena of"),
+        ):
+            InstanceMemory(plan, slots, OWN_SLOT, arena)
 
 
 @given(
     moves=st.lists(
         st.tuples(
-            st.sampled_from(["drop", "hold", "grow", "shrink"]),
+            st.sampled_from(["drop", "hold", "map", "unmap"]),
             st.integers(0, NUM_LAYERS - 1),
             st.integers(0, 15),
             st.integers(1, 4),
@@ -686,16 +744,15 @@ def test_plan_and_arena_must_fit(backend: str) -> None:
 def test_any_moves_keep_ledger_and_arena_together(moves: list[tuple[str, int, int, int]]) -> None:
     with open_memory("host", poison=True) as memory:
         for name, layer, slot, pages in moves:
-            owner = KvPages(layer, SlotId(slot))
-            before = memory.ledger.free_pages, memory.ledger.pages(owner)
+            before = memory.free_pages, memory.ledger.pages(KvPages(layer))
             try:
                 gained = change(memory, name, layer, SlotId(slot), pages)
             except AccountingError:
                 gained = 0
             memory.check()
-            assert memory.ledger.free_pages == before[0] + gained
-            in_kv = -gained if name in ("grow", "shrink") else 0
-            assert memory.ledger.pages(owner) == before[1] + in_kv
+            assert memory.free_pages == before[0] + gained
+            in_kv = -gained if name in ("map", "unmap") else 0
+            assert memory.ledger.pages(KvPages(layer)) == before[1] + in_kv
 
 
 def change(memory: InstanceMemory, name: str, layer: int, slot: SlotId, pages: int) -> int:
@@ -705,8 +762,9 @@ def change(memory: InstanceMemory, name: str, layer: int, slot: SlotId, pages: i
     if name == "hold":
         memory.hold_part(LAYERS[layer])
         return -memory.plan.part_pages[LAYERS[layer]]
-    if name == "grow":
-        memory.grow_kv(slot, layer, pages)
+    run = PageRun(memory.slots.slot_range(slot).start + pages % 3, pages)
+    if name == "map":
+        memory.map_kv(layer, [run])
         return -pages
-    memory.shrink_kv(slot, layer, pages)
+    memory.unmap_kv(layer, [run])
     return pages

@@ -24,13 +24,15 @@ from kunserve.core.errors import (
     QueueFullError,
     ServiceUnavailableError,
 )
+from kunserve.core.events import StepTiming
 from kunserve.core.ids import InstanceId
+from kunserve.runtime.status import TransitionTotals
 from kunserve.server import app
 from kunserve.server.app import create_app
 from kunserve.server.openai_api import Gate
 from kunserve.server.settings import GenerationDefaults, ServerConfig
 from kunserve.server.tokenizer import Tokenizer
-from tests.support.fake_engine import FakeEngine
+from tests.support.fake_engine import LOAD, MERGED, FakeEngine
 from tests.support.tiny_tokenizer import load_tokenizer
 
 DEADLINE_S = 20.0
@@ -842,6 +844,73 @@ def test_metrics(server: Server):
     found = samples(server)
     assert {name: found[name] for name in expected} == expected
     assert 'instance="' not in response.text
+
+
+def test_metrics_of_a_layout(server: Server):
+    """Two instances in one group: what it holds now, and what it would hold without the drop."""
+    (group,) = MERGED.groups
+    leader, other = MERGED.instances
+    server.engine.view = replace(
+        MERGED,
+        groups=(replace(group, load=LOAD, in_transition="MOVE"),),
+        instances=(replace(leader, load=LOAD, timing=StepTiming(9, 10**9, 10**8)), other),
+        totals=TransitionTotals(
+            outcomes={("drop", "done"): 2, ("drop", "aborted"): 1},
+            phase_ns={("drop", "fence"): 40_000_000},
+            exchanged_bytes=5,
+            gathered_bytes=6,
+            gained_bytes=7,
+            stalled_requests=3,
+            stalled_ns=1_500_000_000,
+            degraded_ns=2_000_000_000,
+        ),
+    )
+    found = samples(server)
+    model = 'model_name="tiny"'
+    used = (100 - 75) * 16
+    group_labels = '{engine="0",group="40",model_name="tiny"}'
+    expected = {
+        "kv_capacity_tokens{%s}": 3200,
+        "kv_capacity_tokens_whole{%s}": 1920,
+        "kv_used_tokens{%s}": used,
+        "kv_capacity_usage_perc{%s}": used / 3200,
+        "kv_capacity_usage_perc_whole{%s}": used / 1920,
+        "parameter_dropped_bytes{%s}": 1000,
+        "layout_epoch{%s}": 4,
+        "group_size" + group_labels: 2,
+        "group_epoch" + group_labels: 4,
+        "group_kv_capacity_tokens" + group_labels: 3200,
+        "group_in_transition" + group_labels: 1,
+        'transitions_total{kind="drop",%s,outcome="done"}': 2,
+        'transitions_total{kind="drop",%s,outcome="aborted"}': 1,
+        'transition_phase_seconds_total{kind="drop",%s,phase="fence"}': 0.04,
+        "transition_exchanged_bytes_total{%s}": 5,
+        "transition_gathered_bytes_total{%s}": 6,
+        "transition_gained_bytes_total{%s}": 7,
+        "requests_stalled_total{%s}": 3,
+        "request_stall_seconds_total{%s}": 1.5,
+        "degraded_seconds_total{%s}": 2,
+        'instance_pages{engine="0",kind="part",%s}': 5,
+        'num_requests_running{engine="0",%s}': 3,
+        'num_requests_running{engine="1",%s}': 0,
+        'kv_cache_usage_perc{engine="1",%s}': 0,
+        'num_preemptions_total{engine="0",%s}': 7,
+        'num_preemptions_total{engine="1",%s}': 0,
+        'steps_total{engine="0",%s}': 9,
+        'step_execute_seconds_total{engine="0",%s}': 1,
+        'step_schedule_seconds_total{engine="0",%s}': 0.1,
+    }
+    expected = {name.replace("%s", model): value for name, value in expected.items()}
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+
+
+def test_metrics_without_a_group(server: Server):
+    """While all instances restart: capacities are 0, and nothing is divided by it."""
+    server.engine.view = replace(MERGED, groups=())
+    found = samples(server)
+    for name in ("kv_capacity_tokens", "kv_capacity_usage_perc", "kv_capacity_usage_perc_whole"):
+        assert found[name + '{model_name="tiny"}'] == 0
+    assert not any(name.startswith("group_") for name in found)
 
 
 def test_an_instance_without_load_shows_zeros(server: Server, monkeypatch: pytest.MonkeyPatch):

@@ -11,10 +11,10 @@ import pytest
 
 from kunserve.core.errors import ModelLoadError
 from kunserve.core.ids import Epoch, RequestId, SlotId
+from kunserve.core.memory import PageRun
 from kunserve.core.request import Request, TokenOutput
 from kunserve.core.step import GroupLoad, StepPlan, StepResult
 from kunserve.policy.cost_model import CostModel
-from kunserve.policy.pages import KvPages
 from kunserve.policy.scheduler import SchedulerConfig
 from kunserve.runtime.model_config import load_model_spec
 from kunserve.runtime.model_source import default_cache_dir, resolve_model
@@ -64,16 +64,13 @@ def renew_kv(engine: Engine, blocks: Mapping[SlotId, int]) -> None:
     later one fails to compute.
     """
     memory, blocks_per_page = engine.memory, engine.plan.geometry.blocks_per_page
-    for slot in map(SlotId, range(engine.slots.num_slots)):
-        for layer in memory.held_layers:
-            pages = memory.ledger.pages(KvPages(layer, slot))
-            if pages:
-                memory.shrink_kv(slot, layer, pages)
+    range_runs: list[PageRun] = []
     for slot, count in blocks.items():
         pages, rest = divmod(count, blocks_per_page)
         assert rest == 0, f"{count} blocks are no whole pages of {blocks_per_page}"
-        for layer in memory.held_layers:
-            memory.grow_kv(slot, layer, pages)
+        range_runs.append(PageRun(engine.slots.slot_range(slot).start, pages))
+    memory.release_all_kv()
+    memory.map_kv_many(dict.fromkeys(memory.held_layers, range_runs))
 
 
 class CheckedRun:

@@ -1,4 +1,5 @@
-"""An `EngineClient` for HTTP tests: tokens from a list, pauses on command, aborts on record."""
+"""Stand-ins of the cluster for HTTP tests. `FakeEngine`: tokens from a list, pauses on command,
+aborts on record. `FakeCluster`: layouts, and wishes that are answered on command."""
 
 import asyncio
 import math
@@ -6,10 +7,15 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
-from kunserve.core.ids import InstanceId, RequestId
+from kunserve.core.events import WishKind
+from kunserve.core.ids import Epoch, GroupId, InstanceId, RequestId
+from kunserve.core.layout import Group, LayerRange, Stage
 from kunserve.core.request import FinishReason, SamplingParams, TokenLogprobs, TokenOutput
 from kunserve.core.step import GroupLoad
-from kunserve.server.engine import EngineStatus, InstanceStatus
+from kunserve.runtime.stats_log import InstanceCounters, LoadCounts
+from kunserve.runtime.status import ClusterView, GroupStatus, InstanceStatus
+from kunserve.server.admin import OnAnswer
+from kunserve.server.engine import EngineStatus
 
 LOAD = GroupLoad(
     total_blocks=100,
@@ -43,6 +49,7 @@ class FakeEngine:
     `reply`: token ids of the answer. It ends by `end_token` (then STOP) unless `max_tokens` ends
     it first. `pause_before`: index of the token before which the stream waits for `resume()`.
     `fail_before`: index of the token before which `failure` is raised. `batch`: tokens per yield.
+    `view`: what `status` says of instances and layout; without instances it makes one up.
     """
 
     max_model_len: int = 256
@@ -57,6 +64,7 @@ class FakeEngine:
     ready: bool = True
     healthy: bool = True
     draining: bool = False
+    view: ClusterView = ClusterView()
     choose: Callable[[Call], Sequence[int]] | None = None
     calls: list[Call] = field(default_factory=list)
     waiting: list[RequestId] = field(default_factory=list)
@@ -119,5 +127,80 @@ class FakeEngine:
 
     def status(self) -> EngineStatus:
         """See `EngineClient`."""
-        instance = InstanceStatus(InstanceId(0), 1, "ready", 0.5, LOAD)
-        return EngineStatus(self.ready, self.healthy, self.draining, len(self.calls), (instance,))
+        instances = self.view.instances or (
+            InstanceStatus(InstanceId(0), 1, "ready", 0.5, LOAD, pages={"kv": 8, "free": 2}),
+        )
+        return EngineStatus(
+            self.ready,
+            self.healthy,
+            self.draining,
+            len(self.calls),
+            instances,
+            counters={
+                instance.instance: InstanceCounters(LoadCounts.of(instance.load), instance.timing)
+                for instance in instances
+                if instance.load is not None
+            },
+            epoch=self.view.epoch,
+            groups=self.view.groups,
+            block_size=self.view.block_size,
+            dropped_bytes=self.view.dropped_bytes,
+            totals=self.view.totals,
+        )
+
+
+def make_view(epoch: int, *rings: tuple[tuple[int, int, int], ...]) -> ClusterView:
+    """Two instances in groups of (instance, first layer, layer after the last)."""
+    groups = []
+    for number, ring in enumerate(rings):
+        stages = tuple(Stage(InstanceId(i), LayerRange(a, b)) for i, a, b in ring)
+        group = Group(GroupId(10 * epoch + number), Epoch(epoch), stages)
+        groups.append(GroupStatus(group, 100 * len(ring), 60 * len(ring), 4, None))
+    return ClusterView(
+        ready=True,
+        instances=(
+            InstanceStatus(InstanceId(0), 71, "ready", 0.1, None, pages={"part": 5, "free": 2}),
+            InstanceStatus(InstanceId(1), None, "waiting for restart", 3.0, None),
+        ),
+        groups=tuple(groups),
+        epoch=epoch,
+        block_size=16,
+        dropped_bytes=1000 * (2 - len(rings)),
+    )
+
+
+APART = make_view(3, ((0, 0, 30),), ((1, 0, 30),))
+MERGED = make_view(4, ((0, 0, 12), (1, 12, 30)))
+
+
+class FakeCluster:
+    """A `ClusterControl` for tests: keeps wishes, and answers each as `script` says, from another
+    thread as the real one does. Without a script they stay in `open`."""
+
+    def __init__(self) -> None:
+        self.view = APART
+        self.wishes: list[tuple[object, ...]] = []
+        self.open: list[OnAnswer] = []
+        self.script: Callable[[OnAnswer], None] = self.open.append
+        self.threads: list[threading.Thread] = []
+
+    def wish(
+        self, kind: WishKind, groups: tuple[tuple[InstanceId, ...], ...], on_answer: OnAnswer
+    ) -> None:
+        self._take(on_answer, kind, groups)
+
+    def wish_drain(self, instance: InstanceId, on_answer: OnAnswer) -> None:
+        self._take(on_answer, "drain", instance)
+
+    def _take(self, on_answer: OnAnswer, *wish: object) -> None:
+        self.wishes.append(wish)
+        self.in_thread(self.script, on_answer)
+
+    def in_thread(self, call: Callable[..., None], *args: object) -> None:
+        thread = threading.Thread(target=call, args=args)
+        self.threads.append(thread)
+        thread.start()
+
+    def grant(self, on_answer: OnAnswer) -> None:
+        self.view = MERGED
+        on_answer(True, "epoch 4")

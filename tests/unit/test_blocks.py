@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kunserve.core.errors import AccountingError
 from kunserve.core.ids import BlockId, SlotId
+from kunserve.core.memory import PageRun, runs_of
 from kunserve.policy.blocks import BlockPool
 from kunserve.policy.prefix import ROOT_HASH, block_hash, block_hashes
 
@@ -22,6 +23,10 @@ def make_pool(*usable_blocks: int, blocks_per_page: int = 4) -> BlockPool:
     """Slot i has usable_blocks[i] of 64 blocks."""
     usable = {SlotId(slot): blocks for slot, blocks in enumerate(usable_blocks)}
     return BlockPool(SLOT_BLOCKS, blocks_per_page, usable)
+
+
+def runs(*pages: int) -> tuple[PageRun, ...]:
+    return runs_of(pages)
 
 
 def ids(*blocks: int) -> tuple[BlockId, ...]:
@@ -85,26 +90,31 @@ def test_slots_are_ranges_with_fixed_ids() -> None:
     pool.check()
 
 
-def test_a_slot_grows_at_its_tail_even_inside_a_page() -> None:
+def test_pages_that_are_added_are_free() -> None:
     pool = make_pool(6)
     held = pool.allocate(6)
-    pool.add_range(SlotId(0), 11)
-    pool.add_range(SlotId(15), 3)
-    assert pool.usable_blocks(SlotId(0)) == 11
-    # page 1 is partly used; then the lowest empty pages, short ones included
-    assert pool.allocate(8) == ids(6, 7, 8, 9, 10, 960, 961, 962)
-    assert pool.available_blocks == 0
-    pool.check([held, ids(6, 7, 8, 9, 10, 960, 961, 962)])
+    pool.add_pages(runs(2, 240))
+    assert pool.allocate(5) == ids(8, 9, 10, 11, 960)
+    assert (pool.total_blocks, pool.available_blocks) == (14, 3)
+    pool.check([held, ids(8, 9, 10, 11, 960)])
+
+
+def test_a_pool_of_pages() -> None:
+    pool = BlockPool(SLOT_BLOCKS, 4, pages=(PageRun(0, 2), PageRun(16, 1)))
+    assert pool.allocate(12) == ids(0, 1, 2, 3, 4, 5, 6, 7, 64, 65, 66, 67)
+    assert (pool.pages_in_use(), pool.blocks_per_page) == ((0, 1, 16), 4)
 
 
 def test_ranges_that_cannot_be_are_refused() -> None:
     pool = make_pool(8)
-    with pytest.raises(AccountingError, match="from 8 to 4"):
-        pool.add_range(SlotId(0), 4)
     with pytest.raises(AccountingError, match="64 ids"):
-        pool.add_range(SlotId(0), 65)
+        make_pool(65)
     with pytest.raises(AccountingError, match="whole pages"):
         BlockPool(10, 4, {})
+    for wrong in (runs(1), (PageRun(4, 2), PageRun(5, 1))):
+        with pytest.raises(AccountingError, match="here already"):
+            pool.add_pages(wrong)
+    assert pool.total_blocks == 8
     pool.check()
 
 
@@ -206,6 +216,173 @@ def test_check_compares_with_the_owners() -> None:
             pool.check(wrong)
 
 
+# ---------------------------------------------------------------- pages come and go
+
+
+def named(pool: BlockPool, count: int, start: int = 0) -> tuple[BlockId, ...]:
+    """Blocks in use that have names."""
+    blocks = pool.allocate(count)
+    for number, block in enumerate(blocks):
+        assert pool.register(block, bytes([start + number]))
+    return blocks
+
+
+def test_closed_pages_keep_only_what_is_in_use_until_it_is_released() -> None:
+    pool = make_pool(12)
+    used = pool.allocate(2)
+    cached = named(pool, 4)  # blocks 2..5
+    pool.release(cached[:2])
+    pool.close_pages(runs(0))
+    assert (pool.total_blocks, pool.open_blocks, pool.backed_blocks) == (10, 8, 12)
+    assert pool.lookup([bytes([0])]) == ()
+    assert pool.closed_pages() == runs(0)
+    pool.check([used, cached[2:]])
+    assert set(pool.allocate(6)) == set(range(6, 12))
+    assert pool.available_blocks == 0
+    pool.release(used)
+    assert (pool.total_blocks, pool.available_blocks) == (8, 0)
+    pool.reopen_pages(runs(0))
+    assert (pool.total_blocks, pool.free_blocks) == (12, 4)
+    pool.check()
+
+
+def test_a_name_in_a_closed_page_ends_with_its_last_reference() -> None:
+    pool = make_pool(8)
+    blocks = named(pool, 1)
+    pool.close_pages(runs(0))
+    assert pool.lookup([bytes([0])]) == ()
+    pool.release(blocks)
+    pool.check([])
+    pool.reopen_pages(runs(0))
+    assert (pool.cached_blocks, pool.free_blocks) == (0, 8)
+
+
+def test_only_pages_without_references_are_removed_and_what_is_cached_goes() -> None:
+    pool = make_pool(12)
+    cached = named(pool, 4)
+    (used,) = pool.allocate(1)
+    pool.release(cached)
+    with pytest.raises(AccountingError, match=r"\[1\] are removed, but they are in use"):
+        pool.remove_pages(runs(0, 1))
+    assert pool.cached_blocks == 4
+    pool.remove_pages(runs(0, 2))
+    assert (pool.total_blocks, pool.backed_blocks, pool.cached_blocks) == (4, 4, 0)
+    assert pool.allocate(3) == ids(5, 6, 7)
+    assert used == 4
+    pool.add_pages(runs(0))
+    assert pool.free_blocks == 4
+    pool.check()
+
+
+def test_pages_in_the_wrong_state_are_refused() -> None:
+    pool = make_pool(8)
+    pool.close_pages(runs(1))
+    for call, match in (
+        (pool.close_pages, "closed, but not open"),
+        (pool.reopen_pages, "reopened, but not closed"),
+        (pool.remove_pages, "removed, but not here"),
+    ):
+        with pytest.raises(AccountingError, match=match):
+            call(runs(0, 1, 7))
+    pool.check()
+    assert (pool.open_blocks, pool.backed_blocks) == (4, 8)
+
+
+def test_adopted_blocks_of_a_page_that_is_not_complete_are_not_allocated_around() -> None:
+    pool = BlockPool(SLOT_BLOCKS, 4)
+    tables = [ids(0, 1, 64), ids(0, 65)]
+    pool.adopt(tables, runs(0))
+    assert (pool.total_blocks, pool.open_blocks, pool.free_blocks) == (6, 4, 2)
+    assert pool.pages_in_use() == (0, 16)
+    pool.check(tables)
+    pool.release(ids(65))
+    assert pool.total_blocks == 5
+    pool.add_pages(runs(16))
+    assert (pool.total_blocks, pool.free_blocks) == (8, 5)
+    assert pool.allocate(5, near=BlockId(64)) == ids(65, 66, 67, 2, 3)
+    pool.check([ids(0, 1, 64), ids(0), ids(65, 66, 67, 2, 3)])
+
+
+def test_touched_blocks_lost_their_last_reference_since_the_watch() -> None:
+    pool = make_pool(8)
+    a, b = named(pool, 3), pool.allocate(1)
+    assert pool.touched() == ()
+    pool.release(b)
+    pool.watch()
+    assert pool.touched() == ()
+    pool.share(a[:1])
+    pool.release(a)
+    assert pool.touched() == a[1:]
+    pool.share(a[1:2])  # it was nobody's for a while
+    assert pool.touched() == a[1:]
+    pool.watch()
+    assert pool.touched() == ()
+
+
+# ---------------------------------------------------------------- homes
+
+
+def test_a_home_allocates_and_finds_only_in_its_pages() -> None:
+    pool = make_pool(16)
+    cached = named(pool, 5)
+    pool.release(cached)
+    pool.divide([runs(0), runs(1, 9)])  # page 9 is not open: left alone
+    assert pool.closed_pages() == runs(2, 3)
+    assert (pool.available_in(0), pool.available_in(1), pool.open_blocks) == (4, 4, 8)
+    hashes = [bytes([number]) for number in range(5)]
+    assert (pool.lookup(hashes, 0), pool.lookup(hashes[4:], 0)) == (cached[:4], ())
+    assert pool.lookup(hashes[4:], 1) == cached[4:]
+    with pytest.raises(AccountingError, match="5 blocks asked for, 4 available"):
+        pool.allocate(5, home=1)
+    assert pool.allocate(4, near=BlockId(0), home=1) == ids(5, 6, 7, 4)
+    assert pool.allocate(1, home=0) == ids(3)
+    assert pool.used_pages_per_home() == (1, 1)
+    pool.check([ids(5, 6, 7, 4, 3)])
+    pool.add_pages(runs(9))
+    assert pool.closed_pages() == runs(2, 3, 9)
+    pool.reopen_pages(runs(2, 9))
+    assert (pool.open_blocks, pool.free_blocks, pool.cached_blocks) == (16, 8, 3)
+    assert pool.closed_pages() == runs(3)
+    pool.check()
+
+
+def test_cached_blocks_keep_their_age_through_homes() -> None:
+    pool = make_pool(8)
+    blocks = named(pool, 8)
+    for block in (6, 1, 5, 2, 0, 7, 3, 4):
+        pool.release(ids(block))
+    pool.divide([runs(0), runs(1)])
+    assert pool.allocate(2, home=1) == ids(6, 5)
+    pool.reopen_pages(())
+    assert pool.allocate(6) == ids(1, 2, 0, 7, 3, 4)
+    assert len(blocks) == 8
+
+
+def test_homes_that_cannot_be_are_refused() -> None:
+    pool = make_pool(16)
+    with pytest.raises(AccountingError, match="page 1 is in two homes"):
+        pool.divide([runs(0, 1), runs(1)])
+    with pytest.raises(AccountingError, match="at least one home"):
+        pool.divide([])
+    assert pool.open_blocks == 16
+    pool.divide([runs(0)])
+    with pytest.raises(AccountingError, match="divided once"):
+        pool.divide([runs(0)])
+
+
+def test_a_name_goes_with_its_content() -> None:
+    pool = make_pool(8)
+    (source,) = named(pool, 1)
+    target, other = pool.allocate(2)
+    pool.rename(source, target)
+    assert pool.lookup([bytes([0])]) == (target,)
+    pool.rename(other, source)  # no name: nothing goes
+    for wrong in ((source, target), (source, BlockId(7))):
+        with pytest.raises(AccountingError):
+            pool.rename(*wrong)
+    pool.check([(source, target, other)])
+
+
 # ---------------------------------------------------------------- against a naive model
 
 
@@ -214,71 +391,152 @@ class NaivePool:
     """The same rules over plain sets, searched from end to end each time."""
 
     page: int
-    usable: set[int] = field(default_factory=set)
+    backed: dict[int, set[int]] = field(default_factory=dict)
+    home: dict[int, int] = field(default_factory=dict)
+    """Of each open page."""
     references: dict[int, int] = field(default_factory=dict)
     names: dict[int, bytes] = field(default_factory=dict)
     lru: list[int] = field(default_factory=list)
 
-    def free(self) -> set[int]:
-        return self.usable - self.references.keys() - set(self.lru)
+    def usable(self) -> set[int]:
+        return {b for page in self.home for b in self.backed[page]}
 
-    def take(self, near: int | None) -> int:
-        free = self.free()
+    def home_of(self, block: int) -> int | None:
+        return self.home.get(block // self.page)
+
+    def free(self, home: int | None = None) -> set[int]:
+        free = self.usable() - self.references.keys() - set(self.lru)
+        return {b for b in free if home in (None, self.home_of(b))}
+
+    def cached(self, home: int) -> list[int]:
+        return [block for block in self.lru if self.home_of(block) == home]
+
+    def take(self, near: int | None, home: int) -> int:
+        free = self.free(home)
         if not free:
-            block = self.lru.pop(0)
-            del self.names[block]
+            block = self.cached(home)[0]
+            self.forget(block)
         else:
             own = {b for b in free if near is not None and b // self.page == near // self.page}
             block = min(own) if own else min(free, key=self.preference)
         self.references[block] = 1
         return block
 
+    def forget(self, block: int) -> None:
+        self.lru.remove(block)
+        del self.names[block]
+
     def preference(self, block: int) -> tuple[bool, int, int]:
-        mates = {b for b in self.usable if b // self.page == block // self.page}
+        mates = self.backed[block // self.page]
         free = len(mates & self.free())
         empty = free == len(mates)
         return (empty, 0 if empty else free, block)
 
     def release(self, block: int) -> None:
         self.references[block] -= 1
-        if not self.references[block]:
-            del self.references[block]
-            if block in self.names:
-                self.lru.append(block)
+        if self.references[block]:
+            return
+        del self.references[block]
+        if self.home_of(block) is None:
+            self.names.pop(block, None)
+        elif block in self.names:
+            self.lru.append(block)
+
+    def close(self, page: int) -> None:
+        del self.home[page]
+        for block in [block for block in self.lru if block // self.page == page]:
+            self.forget(block)
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Random tables of blocks, shared, named, released and evicted."""
+    """Random tables of blocks, shared, named, released and evicted, in pages that come and go."""
 
     @initialize(page=st.sampled_from([1, 2, 4, 8]), sizes=st.lists(st.integers(0, 14), max_size=3))
     def build(self, page: int, sizes: list[int]) -> None:
         self.pool = make_pool(*sizes, blocks_per_page=page)
         self.naive = NaivePool(page)
-        self.sizes = dict.fromkeys(range(4), 0)
+        self.divided = 0
         for slot, size in enumerate(sizes):
-            self.note_growth(slot, size)
+            for index in range(size):
+                block = slot * SLOT_BLOCKS + index
+                self.naive.backed.setdefault(block // page, set()).add(block)
+        self.naive.home = dict.fromkeys(self.naive.backed, 0)
         self.tables: list[tuple[BlockId, ...]] = []
 
-    def note_growth(self, slot: int, size: int) -> None:
-        self.sizes[slot] = size
-        self.naive.usable |= {slot * SLOT_BLOCKS + index for index in range(size)}
+    @rule(page=st.integers(0, 20))
+    def add(self, page: int) -> None:
+        naive = self.naive
+        if page in naive.backed:
+            with pytest.raises(AccountingError, match="here already"):
+                self.pool.add_pages(runs(page))
+            return
+        self.pool.add_pages(runs(page))
+        naive.backed[page] = set(range(page * naive.page, (page + 1) * naive.page))
+        if not self.divided:
+            naive.home[page] = 0
 
-    @rule(slot=st.integers(0, 3), more=st.integers(0, 5))
-    def grow(self, slot: int, more: int) -> None:
-        size = min(SLOT_BLOCKS, self.sizes[slot] + more)
-        self.pool.add_range(SlotId(slot), size)
-        self.note_growth(slot, size)
+    @rule(data=st.data())
+    def remove(self, data: st.DataObject) -> None:
+        naive = self.naive
+        used = {block // naive.page for block in naive.references}
+        pages = [page for page in naive.backed if page not in used]
+        if pages:
+            page = data.draw(st.sampled_from(pages))
+            self.pool.remove_pages(runs(page))
+            if page in naive.home:
+                naive.close(page)
+            del naive.backed[page]
+
+    @rule(data=st.data())
+    def close(self, data: st.DataObject) -> None:
+        if self.naive.home:
+            page = data.draw(st.sampled_from(sorted(self.naive.home)))
+            self.pool.close_pages(runs(page))
+            self.naive.close(page)
+
+    @rule(data=st.data())
+    def reopen(self, data: st.DataObject) -> None:
+        closed = sorted(self.naive.backed.keys() - self.naive.home.keys())
+        pages = data.draw(st.lists(st.sampled_from(closed), unique=True)) if closed else []
+        self.pool.reopen_pages(runs(*pages))
+        self.divided = 0
+        self.naive.home = dict.fromkeys([*self.naive.home, *pages], 0)
+
+    @precondition(lambda self: not self.divided)
+    @rule(data=st.data(), num_homes=st.integers(1, 3))
+    def divide(self, data: st.DataObject, num_homes: int) -> None:
+        home = {p: data.draw(st.integers(0, num_homes)) for p in self.naive.home}
+        homes = [[page for page in home if home[page] == h] for h in range(num_homes)]
+        self.pool.divide([runs(*pages) for pages in homes])
+        self.divided = num_homes
+        for page, number in home.items():
+            if number == num_homes:
+                self.naive.close(page)
+            else:
+                self.naive.home[page] = number
+
+    @rule(blocks=st.lists(st.integers(0, 40), max_size=4, unique=True))
+    def adopt(self, blocks: list[int]) -> None:
+        """Whatever lies there. Cached blocks keep their name."""
+        table = ids(*blocks)
+        self.pool.adopt([table])
+        for block in table:
+            self.naive.references[block] = self.naive.references.get(block, 0) + 1
+            if block in self.naive.lru:
+                self.naive.lru.remove(block)
+        self.tables.append(table)
 
     @rule(count=st.integers(0, 6), data=st.data())
     def allocate(self, count: int, data: st.DataObject) -> None:
-        count = min(count, self.pool.available_blocks)
+        home = data.draw(st.integers(0, max(0, self.divided - 1)))
+        count = min(count, self.pool.available_in(home))
         tables = [None, *(table for table in self.tables if table)]
         table = data.draw(st.sampled_from(tables))
         near = table[-1] if table else None
         expected: list[int] = []
         for _ in range(count):
-            expected.append(self.naive.take(expected[-1] if expected else near))
-        blocks = self.pool.allocate(count, near)
+            expected.append(self.naive.take(expected[-1] if expected else near, home))
+        blocks = self.pool.allocate(count, near, home)
         assert list(blocks) == expected
         self.tables.append(blocks)
 
@@ -296,10 +554,15 @@ class PoolMachine(RuleBasedStateMachine):
         if is_new:
             self.naive.names[block] = digest
 
-    @rule(names=st.lists(st.integers(0, 12), max_size=4, unique=True))
-    def share(self, names: list[int]) -> None:
-        blocks = self.pool.lookup([bytes([name]) for name in names])
-        by_name = {digest: block for block, digest in self.naive.names.items()}
+    @rule(names=st.lists(st.integers(0, 12), max_size=4, unique=True), data=st.data())
+    def share(self, names: list[int], data: st.DataObject) -> None:
+        home = data.draw(st.integers(0, max(0, self.divided - 1)))
+        blocks = self.pool.lookup([bytes([name]) for name in names], home)
+        by_name = {
+            digest: block
+            for block, digest in self.naive.names.items()
+            if self.naive.home_of(block) == home
+        }
         found = [by_name.get(bytes([name])) for name in names]
         assert list(blocks) == found[: found.index(None) if None in found else len(found)]
         self.pool.share(blocks)
@@ -326,7 +589,12 @@ class PoolMachine(RuleBasedStateMachine):
         assert pool.free_blocks == len(naive.free())
         assert pool.cached_blocks == len(naive.lru)
         assert pool.referenced_blocks == len(naive.references)
-        assert pool.total_blocks == len(naive.usable)
+        outside = [block for block in naive.references if naive.home_of(block) is None]
+        assert pool.open_blocks == len(naive.usable())
+        assert pool.total_blocks == len(naive.usable()) + len(outside)
+        assert pool.backed_blocks == sum(map(len, naive.backed.values()))
+        for home in range(max(1, self.divided)):
+            assert pool.available_in(home) == len(naive.free(home)) + len(naive.cached(home))
 
 
 PoolMachine.TestCase.settings = settings(

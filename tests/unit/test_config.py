@@ -82,6 +82,8 @@ OTHER_VALUES: dict[str, tuple[list[str], Any]] = {
     "port": (["--port", "0"], 0),
     "served_model_name": (["--served-model-name", "a", "--served-model-name", "b"], ("a", "b")),
     "api_key": (["--api-key", "k1", "--api-key", "k2"], ("k1", "k2")),
+    "admin_port": (["--admin-port", "0"], 0),
+    "admin_key": (["--admin-key", "a1", "--admin-key", "a2"], ("a1", "a2")),
     "instances": (["--instances", "16"], 16),
     "threads_per_instance": (["--threads-per-instance", "3"], 3),
     "kv_cache_memory_bytes": (["--kv-cache-memory-bytes", "96MiB"], 96 << 20),
@@ -93,6 +95,8 @@ OTHER_VALUES: dict[str, tuple[list[str], Any]] = {
     "step_time_target_ms": (["--step-time-target-ms", "2.5"], 2.5),
     "max_num_queued_reqs": (["--max-num-queued-reqs", "5"], 5),
     "enable_prefix_caching": (["--no-enable-prefix-caching"], False),
+    "exchange": (["--exchange", "uncoordinated"], "uncoordinated"),
+    "link_gbps": (["--link-gbps", "2.5"], 2.5),
     "seed": (["--seed", "3"], 3),
     "generation_config": (["--generation-config", "vllm"], "vllm"),
     "max_request_body_bytes": (["--max-request-body-bytes", "1kB"], 1000),
@@ -103,6 +107,13 @@ OTHER_VALUES: dict[str, tuple[list[str], Any]] = {
     "log_level": (["--log-level", "debug"], "debug"),
     "check_accounting": (["--check-accounting"], True),
 }
+
+# One of these alone is refused.
+COMPANIONS: dict[str, dict[str, Any]] = {
+    "admin_port": {"admin_key": ("k",)},
+    "admin_key": {"admin_port": 9000},
+}
+COMPANION_ARGUMENTS = {"admin_port": ["--admin-port", "9000"], "admin_key": ["--admin-key", "k"]}
 
 
 def test_without_flags_all_is_default():
@@ -116,11 +127,13 @@ def test_every_field_is_tried():
 @pytest.mark.parametrize("name", OTHER_VALUES)
 def test_a_flag_sets_its_field_and_no_other(name: str):
     arguments, value = OTHER_VALUES[name]
-    config = parse(*arguments)
+    companions = COMPANIONS.get(name, {})
+    more = [text for other in companions for text in COMPANION_ARGUMENTS[other]]
+    config = parse(*arguments, *more)
     assert getattr(config, name) == value
     assert type(getattr(config, name)) is type(value)
     assert getattr(ServeConfig(), name) != value
-    assert config == ServeConfig(**{name: value})
+    assert config == ServeConfig(**{name: value}, **companions)
 
 
 def test_all_flags_together():
@@ -128,6 +141,11 @@ def test_all_flags_together():
     wanted = ServeConfig(**{name: value for name, (_, value) in chosen.items()})
     for order in (list(chosen), list(reversed(chosen))):
         assert parse(*[argument for name in order for argument in chosen[name][0]]) == wanted
+
+
+def test_exchange_takes_known_words_only():
+    with pytest.raises(argparse.ArgumentError, match="--exchange"):
+        parse("--exchange", "fast")
 
 
 @pytest.mark.parametrize("flag", ["--served-model-name", "--api-key"])
@@ -199,6 +217,15 @@ def test_the_config_is_frozen():
         ({"max_num_batched_tokens": 1 << 64}, ("--max-num-batched-tokens", "at most")),
         ({"max_model_len": 1 << 64}, ("--max-model-len", "at most")),
         ({"kv_cache_memory_bytes": 1 << 60}, ("--kv-cache-memory-bytes", "at most")),
+        ({"admin_port": 9000}, ("--admin-port", "--admin-key")),
+        ({"admin_key": ("k",)}, ("--admin-key", "--admin-port")),
+        ({"admin_port": 9000, "admin_key": ("",)}, ("--admin-key", "empty")),
+        ({"admin_port": 65536, "admin_key": ("k",)}, ("--admin-port", "65535", "65536")),
+        ({"admin_port": 8000, "admin_key": ("k",)}, ("--admin-port", "--port", "8000")),
+        ({"link_gbps": 0.0}, ("--link-gbps", "positive")),
+        ({"link_gbps": -1.0}, ("--link-gbps", "positive")),
+        ({"link_gbps": float("nan")}, ("--link-gbps",)),
+        ({"link_gbps": float("inf")}, ("--link-gbps", "at most")),
         ({"step_time_target_ms": 1e300}, ("--step-time-target-ms", "at most")),
     ],
 )  # fmt: skip
@@ -222,6 +249,7 @@ def test_what_cannot_work_is_refused_by_name(values: dict[str, Any], words: tupl
         {"max_num_seqs": 1, "max_num_queued_reqs": 1},
         {"max_model_len": 1},
         {"heartbeat_timeout": 2.0},
+        {"port": 0, "admin_port": 0, "admin_key": ("k",)},
     ],
 )
 def test_the_limits_themselves_work(values: dict[str, Any]):

@@ -9,13 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kunserve.core.errors import ConfigError
+from kunserve.core.errors import ConfigError, LayoutError
 from kunserve.policy.cost_model import ChunkShape, CostModel, StepSample
 
 SETTINGS = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 
 # Of the size that SmolLM2-135M has on one CPU thread.
-CPU = CostModel(alpha_ns=150.0, delta_ns=900.0, beta_ns=3.5e6, gamma_ns=8e6, head_ns=1.2e6)
+CPU = CostModel(
+    alpha_ns=150.0,
+    delta_ns=900.0,
+    beta_ns=3.5e6,
+    gamma_ns=8e6,
+    head_gamma_ns=2e6,
+    head_ns=1.2e6,
+)
 
 models = st.builds(
     CostModel,
@@ -23,6 +30,7 @@ models = st.builds(
     delta_ns=st.floats(1.0, 1e4),
     beta_ns=st.floats(1e3, 1e7),
     gamma_ns=st.floats(1e3, 1e8),
+    head_gamma_ns=st.floats(1e3, 1e7),
     head_ns=st.floats(1e3, 1e7),
 )
 
@@ -41,17 +49,64 @@ def grid_of_steps() -> list[tuple[ChunkShape, ...]]:
     return prefills + decodes
 
 
+def measured(
+    model: CostModel, chunks: tuple[ChunkShape, ...], layers_factor: float = 1.0
+) -> StepSample:
+    """What a calibration run finds where `model` is true; the layers' time is off by a factor."""
+    layers_ns = model.stage_ns(chunks, 1, 1, is_leader=False)
+    head_ns = model.step_ns(chunks) - layers_ns
+    return StepSample(chunks, round(layers_ns * layers_factor), round(head_ns))
+
+
 def test_chunk_cost_by_hand() -> None:
-    model = CostModel(alpha_ns=2.0, delta_ns=3.0, beta_ns=5.0, gamma_ns=7.0, head_ns=11.0)
+    model = CostModel(
+        alpha_ns=2.0, delta_ns=3.0, beta_ns=5.0, gamma_ns=7.0, head_gamma_ns=13.0, head_ns=11.0
+    )
     # prefix 10, 4 tokens: rows see 11, 12, 13, 14 tokens
     assert model.chunk_ns(10, 4) == 2 * (11 + 12 + 13 + 14) + 3 * 14 + 5 * 4
     assert model.chunk_ns(10, 4, samples=True) == model.chunk_ns(10, 4) + 11
+    silent, sampled = ChunkShape(10, 4), ChunkShape(10, 4, samples=True)
+    assert model.step_ns((silent, silent)) == 7 + 2 * model.chunk_ns(10, 4)
+    assert model.step_ns((sampled, silent)) == 7 + 2 * model.chunk_ns(10, 4) + 13 + 11
+    assert model.step_ns((sampled, sampled)) == 7 + 2 * model.chunk_ns(10, 4) + 13 + 22
+    assert model.fixed_ns == 7 + 13
+
+
+def test_a_stage_has_its_share_of_the_layers_and_the_leader_the_head() -> None:
+    model = CostModel(
+        alpha_ns=20.0, delta_ns=30.0, beta_ns=50.0, gamma_ns=70.0, head_gamma_ns=13.0, head_ns=11.0
+    )
+    chunks = (ChunkShape(10, 4, samples=True), ChunkShape(0, 3))
+    layers_ns = 70 + 20 * (50 + 6) + 30 * (14 + 3) + 50 * 7
+    assert model.stage_ns(chunks, 3, 10, is_leader=True) == pytest.approx(layers_ns * 0.3 + 24)
+    assert model.stage_ns(chunks, 7, 10, is_leader=False) == pytest.approx(layers_ns * 0.7)
+    assert model.for_stage(10, 10, is_leader=True) == model
+
+
+@SETTINGS
+@given(models, st.integers(1, 30), st.integers(1, 30))
+def test_stages_add_up_to_the_whole(model: CostModel, first: int, second: int) -> None:
+    num_layers = first + second
+    for chunks in grid_of_steps():
+        stages_ns = model.stage_ns(chunks, first, num_layers, is_leader=True) + model.stage_ns(
+            chunks, second, num_layers, is_leader=False
+        )
+        assert stages_ns == pytest.approx(model.step_ns(chunks))
+
+
+@pytest.mark.parametrize("held", [-1, 0, 31])
+def test_a_stage_has_some_of_the_layers(held: int) -> None:
+    with pytest.raises(LayoutError, match=f"30 layers cannot hold {held}"):
+        CPU.for_stage(held, 30, is_leader=False)
 
 
 def test_weights_are_read_once_a_step() -> None:
     chunks = (ChunkShape(10, 4), ChunkShape(0, 3, samples=True))
     apart = sum(CPU.step_ns((chunk,)) for chunk in chunks)
     assert CPU.step_ns(chunks) == pytest.approx(apart - CPU.gamma_ns)
+    both_sample = (ChunkShape(10, 4, samples=True), ChunkShape(0, 3, samples=True))
+    apart = sum(CPU.step_ns((chunk,)) for chunk in both_sample)
+    assert CPU.step_ns(both_sample) == pytest.approx(apart - CPU.fixed_ns)
     assert CPU.step_ns(()) == CPU.gamma_ns
 
 
@@ -70,16 +125,17 @@ def test_negative_constants_are_refused(bad: float) -> None:
 @SETTINGS
 @given(models)
 def test_fit_predicts_exact_samples(model: CostModel) -> None:
-    samples = [StepSample(chunks, round(model.step_ns(chunks))) for chunks in grid_of_steps()]
+    samples = [measured(model, chunks) for chunks in grid_of_steps()]
     fitted = CostModel.fit(samples)
     for sample in samples:
         assert abs(fitted.relative_error(sample)) < 2e-3
+        follower_ns = fitted.stage_ns(sample.chunks, 3, 10, is_leader=False)
+        assert follower_ns == pytest.approx(0.3 * sample.layers_ns, rel=2e-3)
 
 
 def test_fit_recovers_constants() -> None:
-    samples = [StepSample(chunks, round(CPU.step_ns(chunks))) for chunks in grid_of_steps()]
-    fitted = CostModel.fit(samples)
-    for name in ("alpha_ns", "delta_ns", "beta_ns", "gamma_ns", "head_ns"):
+    fitted = CostModel.fit([measured(CPU, chunks) for chunks in grid_of_steps()])
+    for name in ("alpha_ns", "delta_ns", "beta_ns", "gamma_ns", "head_gamma_ns", "head_ns"):
         assert getattr(fitted, name) == pytest.approx(getattr(CPU, name), rel=0.01)
 
 
@@ -87,8 +143,7 @@ def test_fit_recovers_constants() -> None:
 @given(st.randoms(use_true_random=False))
 def test_fit_of_noisy_samples_is_never_negative(rng: random.Random) -> None:
     samples = [
-        StepSample(chunks, round(CPU.step_ns(chunks) * rng.uniform(0.8, 1.25)))
-        for chunks in grid_of_steps()
+        measured(CPU, chunks, layers_factor=rng.uniform(0.8, 1.25)) for chunks in grid_of_steps()
     ]
     fitted = CostModel.fit(samples)  # the constructor refuses negative constants
     assert all(abs(fitted.relative_error(sample)) < 0.5 for sample in samples)
@@ -96,14 +151,26 @@ def test_fit_of_noisy_samples_is_never_negative(rng: random.Random) -> None:
 
 def test_fit_of_pure_noise_is_never_negative() -> None:
     rng = random.Random(1)
-    samples = [StepSample(c, rng.randrange(1, 10**9)) for c in grid_of_steps()]
+    samples = [
+        StepSample(chunks, rng.randrange(1, 10**9), rng.randrange(1, 10**9))
+        for chunks in grid_of_steps()
+    ]
     assert CostModel.fit(samples).step_ns((ChunkShape(0, 1, True),)) >= 0.0
 
 
 def test_fit_of_samples_that_cannot_tell_constants_apart_still_predicts_them() -> None:
     decode = (ChunkShape(100, 1, True),)
-    fitted = CostModel.fit([StepSample(decode, 5_000_000), StepSample(decode, 5_000_000)])
+    fitted = CostModel.fit([StepSample(decode, 4_000_000, 1_000_000)] * 2)
     assert fitted.step_ns(decode) == pytest.approx(5e6, rel=1e-6)
+    assert fitted.stage_ns(decode, 1, 4, is_leader=False) == pytest.approx(1e6, rel=1e-6)
+
+
+def test_without_a_row_that_samples_the_head_is_free() -> None:
+    silent = (ChunkShape(0, 16),)
+    sample = StepSample(silent, layers_ns=5_000_000, head_ns=700)
+    assert sample.elapsed_ns == 5_000_000  # a call of the head with no rows
+    fitted = CostModel.fit([sample])
+    assert (fitted.head_gamma_ns, fitted.head_ns) == (0.0, 0.0)
 
 
 def test_fit_needs_measurements() -> None:
@@ -111,6 +178,8 @@ def test_fit_needs_measurements() -> None:
         CostModel.fit([])
     with pytest.raises(ConfigError, match="no time"):
         CostModel.fit([StepSample((ChunkShape(0, 1),), 0)])
+    with pytest.raises(ConfigError, match="no time"):
+        CostModel.fit([StepSample((ChunkShape(0, 1, True),), 1000, 0)])
 
 
 @SETTINGS

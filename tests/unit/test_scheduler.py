@@ -25,7 +25,7 @@ from kunserve.core.errors import (
 )
 from kunserve.core.ids import BlockId, Epoch, RequestId, SlotId
 from kunserve.core.request import FinishReason, Request, SamplingParams, TokenOutput
-from kunserve.core.step import Chunk, SampledToken, StepPlan, StepResult
+from kunserve.core.step import BlockMove, Chunk, SampledToken, StepPlan, StepResult
 from kunserve.policy.blocks import BlockPool
 from kunserve.policy.cost_model import CostModel
 from kunserve.policy.scheduler import Scheduler, SchedulerConfig
@@ -84,13 +84,20 @@ class Executor:
     outputs: dict[RequestId, int] = field(default_factory=dict)
     """Sampling state: per started request, how many tokens it has sampled."""
 
-    def execute(self, plan: StepPlan, cancel_after: int | None = None) -> StepResult:
-        """`cancel_after` chunks the step is cancelled: their KV is written, nothing is sampled."""
+    def execute(
+        self, plan: StepPlan, cancel_after: int | None = None, moves_made: int | None = None
+    ) -> StepResult:
+        """`cancel_after` chunks the step is cancelled: their KV is written, nothing is sampled.
+        With `moves_made`, it was cancelled before that, after so many moves."""
         for request_id in plan.released:
             self.outputs.pop(request_id, None)
         for request in plan.started:
             self.outputs[request.id] = len(request.output_token_ids)
         check_plan(plan, self.block_size)
+        for move in plan.moves[:moves_made]:
+            self.copy(move)
+        if moves_made is not None:
+            cancel_after = 0
         tokens = []
         for chunk in plan.chunks[:cancel_after]:
             kv = self.compute(chunk)
@@ -101,6 +108,12 @@ class Executor:
                 tokens.append(SampledToken(chunk.request_id, chunk.output_index, token_id))
         cancelled = cancel_after is not None
         return StepResult(plan.epoch, plan.step, () if cancelled else tuple(tokens), cancelled)
+
+    def copy(self, move: BlockMove) -> None:
+        for offset in range(self.block_size):
+            self.memory.pop((move.target, offset), None)
+            if (move.source, offset) in self.memory:
+                self.memory[move.target, offset] = self.memory[move.source, offset]
 
     def compute(self, chunk: Chunk) -> list[int]:
         """Read the KV before the chunk, write that of the chunk."""
@@ -118,7 +131,10 @@ class Executor:
 
 def check_plan(plan: StepPlan, block_size: int) -> None:
     """No two chunks of one request; no block that is written is in another table."""
-    assert plan.chunks
+    assert plan.chunks or plan.moves
+    targets = [move.target for move in plan.moves]
+    assert len(set(targets)) == len(targets)
+    assert not set(targets) & {move.source for move in plan.moves}
     assert {request.id for request in plan.started} <= {chunk.request_id for chunk in plan.chunks}
     assert len({chunk.request_id for chunk in plan.chunks}) == len(plan.chunks)
     for chunk in plan.chunks:
@@ -321,6 +337,39 @@ def test_a_microbatch_takes_its_share_of_the_decodes() -> None:
     scheduler.update(plans[0], result_of(plans[0]), 0)
     assert sizes(next_plan(scheduler)) == dict.fromkeys("abc", 1)
     scheduler.check()
+
+
+def test_the_microbatches_of_steady_decodes_settle_at_equal_sizes() -> None:
+    """Whatever the sizes were before, and however requests come and go."""
+    scheduler = make_scheduler(400, num_stages=2, max_num_batched_tokens=64)
+    flights: list[StepPlan] = []
+
+    def turn() -> int:
+        """The oldest step lands, and all stages are filled; how many rows the last plan has."""
+        if flights:
+            plan = flights.pop(0)
+            scheduler.update(plan, result_of(plan), 0)
+        while (plan_now := scheduler.schedule(0)) is not None:
+            flights.append(plan_now)
+        scheduler.check()
+        return flights[-1].num_tokens
+
+    for number in range(16):
+        scheduler.add(make_request(f"r{number}", 2, max_tokens=90))
+    for _ in range(3):
+        turn()
+    assert [turn() for _ in range(6)] == [8] * 6
+    for number in range(6):  # all of one microbatch, as it happens
+        scheduler.abort(flights[0].chunks[number].request_id)
+    for _ in range(4):
+        turn()
+    assert [turn() for _ in range(6)] == [5] * 6
+    for number in range(16, 29):  # one at a time
+        scheduler.add(make_request(f"r{number}", 2, max_tokens=90))
+        turn()
+    for _ in range(3):
+        turn()
+    assert sorted(turn() for _ in range(6)) == [11, 11, 11, 12, 12, 12]
 
 
 # ---------------------------------------------------------------- memory
@@ -797,6 +846,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.executor = Executor(block_size)
         self.flights: list[StepPlan] = []
         self.expected: dict[RequestId, list[TokenOutput]] = {}
+        self.requests: dict[RequestId, Request] = {}
         self.arrivals: dict[RequestId, tuple[int, int]] = {}
         self.started: set[RequestId] = set()
         self.num_requests = 0
@@ -835,7 +885,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def lease(self, request: Request, delivered: int) -> None:
         total = len(request.prompt_token_ids) + request.params.max_tokens
-        if total > min(60, self.pool.total_blocks * self.config.block_size):
+        if total > min(60, self.capacity_tokens()):
             with pytest.raises(RequestTooLargeError, match="at most"):
                 self.scheduler.add(request)
             return
@@ -844,7 +894,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         outputs = tuple(output.token_id for output in done)
         self.scheduler.add(replace(request, output_token_ids=outputs))
         self.expected[request.id] = expected[len(done) :]
+        self.requests[request.id] = request
         self.arrivals[request.id] = (request.arrival_ns, self.num_requests)
+
+    def capacity_tokens(self) -> int:
+        return self.pool.total_blocks * self.config.block_size
 
     @precondition(lambda self: self.expected)
     @rule(data=st.data())
@@ -857,20 +911,25 @@ class SchedulerMachine(RuleBasedStateMachine):
     def schedule(self) -> None:
         plan = self.scheduler.schedule(0)
         if plan is None:
-            busy = len(self.flights)
-            assert busy or not self.scheduler.has_work(), "work is left, but nothing is planned"
+            assert self.may_be_idle(), "work is left, but nothing is planned"
             return
         self.flights.append(plan)
         assert len(self.flights) <= self.config.num_stages
         self.check_limits(plan)
         self.check_queue_order()
 
+    def may_be_idle(self) -> bool:
+        return bool(self.flights) or not self.scheduler.has_work()
+
     def check_limits(self, plan: StepPlan) -> None:
         budget = self.config.max_num_batched_tokens
         assert budget is None or plan.num_tokens <= budget
-        assert self.scheduler.load().num_running <= self.config.max_num_seqs
+        assert self.scheduler.load().num_running <= self.max_running()
         in_flight = [chunk.request_id for flight in self.flights for chunk in flight.chunks]
         assert len(in_flight) == len(set(in_flight)), "a request is in two microbatches"
+
+    def max_running(self) -> int:
+        return self.config.max_num_seqs
 
     def check_queue_order(self) -> None:
         newly = self.scheduler.newly_started()
@@ -912,8 +971,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         self.scheduler.check()
         load = self.scheduler.load()
-        used = self.pool.referenced_blocks
-        assert load.free_blocks + load.cached_blocks + used == load.total_blocks
+        used = self.pool.total_blocks - self.pool.available_blocks
+        assert used == self.pool.referenced_blocks
+        assert load.total_blocks == self.pool.open_blocks
         assert self.scheduler.has_work() == bool(self.expected or self.flights)
 
     def teardown(self) -> None:

@@ -1,0 +1,639 @@
+"""The memory book: ledger and mapper change together, whole or not at all, under any sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from kunserve.core.errors import AccountingError
+from kunserve.core.ids import SlotId
+from kunserve.core.layout import Part, PartKind
+from kunserve.core.memory import KvExtent, PageRun, PartRuns, pages_of, runs_of
+from kunserve.policy.memory import MemoryBook, PageMapper
+from kunserve.policy.pages import (
+    ESCROW,
+    FREE,
+    IncomingPages,
+    KvPages,
+    MemoryPlan,
+    OwnerKind,
+    PageGeometry,
+    PartPages,
+    QuarantinedPages,
+    SlotMap,
+    TransferId,
+)
+
+NUM_LAYERS = 4
+EMBEDDING = Part(PartKind.EMBEDDING)
+LAYERS = tuple(Part(PartKind.LAYER, index) for index in range(NUM_LAYERS))
+PARTS = (EMBEDDING, *LAYERS)
+GEOMETRY = PageGeometry(page_bytes=4096, block_bytes=2048)
+PART_PAGES = {EMBEDDING: 5, **dict.fromkeys(LAYERS, 3)}
+KV_PAGES, SPARE_PAGES = 4, 2
+NUM_PAGES = 5 + NUM_LAYERS * (3 + KV_PAGES) + SPARE_PAGES
+SLOTS = SlotMap.for_domain(GEOMETRY, num_slots=3, num_layers=NUM_LAYERS, member_pages=NUM_PAGES)
+OWN_SLOT, OTHER_SLOT = SlotId(1), SlotId(2)
+HOME = SLOTS.slot_range(OWN_SLOT).start
+OTHER = SLOTS.slot_range(OTHER_SLOT).start
+PLAN = MemoryPlan(GEOMETRY, NUM_LAYERS, NUM_PAGES, PART_PAGES, PARTS, KV_PAGES)
+TRANSFER = TransferId(1)
+
+POISON = "poison"
+
+
+class RefusedError(Exception):
+    """The mapper was told to refuse this call."""
+
+
+class TableMapper:
+    """A mapper on tables, page by page, that knows what each physical page holds."""
+
+    def __init__(self) -> None:
+        self.parts: dict[Part, list[int]] = {}
+        self.kv: dict[int, dict[int, int]] = {}
+        self.contents = dict.fromkeys(range(NUM_PAGES), "never written")
+        self.calls: list[str] = []
+        self.refused_call = 0
+        """Counted from 1; 0: none. It refuses once, so that what was done can be undone."""
+
+    def map_part(self, part: Part, runs: Sequence[PageRun]) -> None:
+        assert part not in self.parts, "the slab is not a hole"
+        self._call(f"map {part}")
+        self.parts[part] = pages_of(runs)
+
+    def unmap_part(self, part: Part, num_pages: int) -> None:
+        assert len(self.parts[part]) == num_pages
+        self._call(f"unmap {part}")
+        del self.parts[part]
+
+    def map_kv(self, layer: int, range_page: int, runs: Sequence[PageRun]) -> None:
+        pages = dict(enumerate(pages_of(runs), start=range_page))
+        shown = self.kv.setdefault(layer, {})
+        assert not shown.keys() & pages.keys(), "the range is not a hole"
+        self._call(f"map kv {layer}")
+        shown.update(pages)
+
+    def unmap_kv(self, layer: int, range_page: int, count: int) -> None:
+        gone = range(range_page, range_page + count)
+        assert count > 0
+        assert self.kv[layer].keys() >= set(gone), "a hole is unmapped"
+        self._call(f"unmap kv {layer}")
+        for page in gone:
+            del self.kv[layer][page]
+
+    def poison(self, run: PageRun) -> None:
+        for page in run:
+            self.contents[page] = POISON
+
+    def mapped_part(self, part: Part) -> tuple[PageRun, ...]:
+        extents = merged(part.index, dict(enumerate(self.parts.get(part, []))))
+        return tuple(PageRun(extent.physical_page, extent.count) for extent in extents)
+
+    def mapped_kv(self, layer: int) -> tuple[KvExtent, ...]:
+        return merged(layer, self.kv.get(layer, {}))
+
+    def state(self) -> tuple[object, ...]:
+        """What is shown where."""
+        return dict(self.parts), {layer: dict(shown) for layer, shown in self.kv.items() if shown}
+
+    def _call(self, name: str) -> None:
+        self.calls.append(name)
+        self.refused_call -= 1
+        if self.refused_call == 0:
+            raise RefusedError(name)
+
+
+def merged(layer: int, shown: dict[int, int]) -> tuple[KvExtent, ...]:
+    """Extents of a table of pages, built another way than in the ledger."""
+    extents: list[KvExtent] = []
+    for page in sorted(shown):
+        last = extents[-1] if extents else None
+        if last and (page - last.range_page, shown[page] - last.physical_page) == (
+            last.count,
+            last.count,
+        ):
+            extents[-1] = KvExtent(layer, last.range_page, last.physical_page, last.count + 1)
+        else:
+            extents.append(KvExtent(layer, page, shown[page], 1))
+    return tuple(extents)
+
+
+@pytest.fixture
+def mapper() -> TableMapper:
+    return TableMapper()
+
+
+@pytest.fixture
+def book(mapper: TableMapper) -> MemoryBook:
+    return MemoryBook(PLAN, SLOTS, OWN_SLOT, mapper, poison=True)
+
+
+def state(book: MemoryBook, mapper: TableMapper) -> tuple[object, ...]:
+    """All that must be as before when a method refuses."""
+    owners = {owner: book.ledger.runs(owner) for owner in sorted(book.ledger.owners(), key=repr)}
+    return owners, book.kv_extents(), mapper.state()
+
+
+# ---------------------------------------------------------------- by example
+
+
+def test_a_book_starts_as_a_whole_instance(book: MemoryBook, mapper: TableMapper) -> None:
+    book.check()
+    as_mapper: PageMapper = mapper
+    assert as_mapper.mapped_part(EMBEDDING) == (PageRun(0, 5),)
+    assert book.held_parts == PARTS
+    assert book.held_layers == (0, 1, 2, 3)
+    assert book.part_runs()[:2] == (
+        PartRuns(EMBEDDING, (PageRun(0, 5),)),
+        PartRuns(LAYERS[0], (PageRun(5, 3),)),
+    )
+    assert book.home_runs == book.complete_pages() == (PageRun(HOME, KV_PAGES),)
+    assert book.kv_extents()[0] == KvExtent(0, HOME, 17, KV_PAGES)
+    assert book.physical_page(0, HOME + 2) == 19
+    assert (book.free_pages, book.escrow_pages) == (SPARE_PAGES, 0)
+    assert mapper.calls == [f"map {part}" for part in PARTS] + [f"map kv {i}" for i in range(4)]
+
+
+def test_plan_and_slots_must_fit(mapper: TableMapper) -> None:
+    other = SlotMap(PageGeometry(4096, 1024), 3, 64)
+    with pytest.raises(AccountingError, match="page sizes differ"):
+        MemoryBook(PLAN, other, OWN_SLOT, mapper)
+    with pytest.raises(AccountingError, match="no slot 3"):
+        MemoryBook(PLAN, SLOTS, SlotId(3), mapper)
+
+
+def test_a_slot_backs_no_more_than_its_pages() -> None:
+    slots = SlotMap(GEOMETRY, 3, 2 * GEOMETRY.blocks_per_page)
+    book = MemoryBook(PLAN, slots, OWN_SLOT, TableMapper())
+    assert book.complete_pages() == (PageRun(2, 2),)
+    assert book.free_pages == SPARE_PAGES + NUM_LAYERS * (KV_PAGES - 2)
+    book.check()
+
+
+def test_a_drop_maps_in_runs(book: MemoryBook, mapper: TableMapper) -> None:
+    mapper.calls.clear()
+    dropped = sum(book.release_part(part) for part in LAYERS[2:])
+    assert dropped == 6
+    for layer in (2, 3):
+        book.unmap_kv(layer, book.home_runs)
+    assert book.free_pages == 6 + 2 * KV_PAGES + SPARE_PAGES == 16
+    # 6 + 2 pages for each layer left, in two runs of its range. The longest come first, so that
+    # they lie in one physical run each.
+    runs = [PageRun(HOME + KV_PAGES, 2), PageRun(OTHER, 6)]
+    book.map_kv_many({0: runs, 1: runs})
+    assert mapper.calls[-4:] == ["map kv 0", "map kv 1", "map kv 0", "map kv 1"]
+    assert len(mapper.calls) == 2 + 2 + 4
+    assert len([extent for extent in book.kv_extents() if extent.range_page >= OTHER]) == 2
+    assert book.free_pages == 0
+    assert book.complete_pages() == (PageRun(HOME, KV_PAGES + 2), PageRun(OTHER, 6))
+    assert book.complete_pages(PageRun(OTHER + 1, 2)) == (PageRun(OTHER + 1, 2),)
+    book.check()
+
+
+def test_complete_pages_are_backed_in_every_held_layer(book: MemoryBook) -> None:
+    book.unmap_kv(0, [PageRun(HOME + 1, 1)])
+    book.map_kv(0, [PageRun(OTHER, 1)])
+    book.unmap_kv(3, [PageRun(HOME + 3, 1)])
+    assert book.kv_runs(0) == (PageRun(HOME, 1), PageRun(HOME + 2, 2), PageRun(OTHER, 1))
+    assert book.complete_pages() == (PageRun(HOME, 1), PageRun(HOME + 2, 1))
+    book.release_part(LAYERS[0])  # a layer that is not held counts no more, though it has KV
+    assert book.complete_pages() == (PageRun(HOME, 3),)
+    for part in LAYERS[1:]:
+        book.release_part(part)
+    assert book.complete_pages() == ()
+    book.check()
+
+
+def test_drop_and_restore_return_to_the_same_counts(book: MemoryBook, mapper: TableMapper) -> None:
+    before = book.counts()
+    for cycle in range(3):
+        for part in LAYERS[:2]:
+            book.release_part(part)
+        for layer in (0, 1):
+            book.unmap_kv(layer, book.kv_runs(layer))
+        for layer in (2, 3):
+            book.map_kv(layer, [PageRun(OTHER + 3 * cycle, 7)])
+        book.check()
+        for layer in (2, 3):
+            book.unmap_kv(layer, [PageRun(OTHER + 3 * cycle, 7)])
+        for part in LAYERS[:2]:
+            pages = pages_of(book.begin_incoming(part, TRANSFER))
+            assert part not in mapper.parts
+            for page in pages:
+                mapper.contents[page] = f"arrived {part}"
+            book.map_kv(part.index, book.home_runs)  # gathered ahead of its layer
+            book.check()
+            book.finish_incoming(part)
+            assert [mapper.contents[page] for page in mapper.parts[part]] == [f"arrived {part}"] * 3
+        assert book.complete_pages() == book.home_runs
+        assert book.counts() == before
+        book.check()
+
+
+def test_a_part_is_held_or_incoming_or_neither(book: MemoryBook) -> None:
+    part = LAYERS[0]
+    for absent in (book.abort_incoming, book.finish_incoming, book.quarantine_incoming):
+        with pytest.raises(AccountingError, match="not incoming"):
+            absent(part)
+    with pytest.raises(AccountingError, match="held or incoming already"):
+        book.begin_incoming(part, TRANSFER)
+    assert book.release_part(part) == 3
+    with pytest.raises(AccountingError, match="not held"):
+        book.release_part(part)
+    book.begin_incoming(part, TRANSFER)
+    assert book.incoming_parts == (part,)
+    with pytest.raises(AccountingError, match="held or incoming already"):
+        book.begin_incoming(part, TransferId(2))
+    with pytest.raises(AccountingError, match="held or incoming already"):
+        book.hold_part(part)
+    book.abort_incoming(part)
+    book.hold_part(part)
+    with pytest.raises(AccountingError, match="the model has no head"):
+        book.hold_part(Part(PartKind.HEAD))
+    book.check()
+
+
+def test_quarantined_pages_belong_to_their_transfer(book: MemoryBook, mapper: TableMapper) -> None:
+    book.release_part(LAYERS[0])
+    incoming = pages_of(book.begin_incoming(LAYERS[0], TRANSFER))
+    leaving = [book.physical_page(1, HOME + 1), *mapper.parts[LAYERS[2]]]
+    for page in (*incoming, *leaving):
+        mapper.contents[page] = "in use by a peer"
+    book.quarantine_incoming(LAYERS[0])
+    book.quarantine_kv(1, [PageRun(HOME + 1, 1)], TRANSFER)
+    assert book.quarantine_part(LAYERS[2], TransferId(2)) == 3
+    assert book.counts()[OwnerKind.QUARANTINED] == 7
+    assert {mapper.contents[page] for page in (*incoming, *leaving)} == {"in use by a peer"}
+    book.check()
+    assert book.end_quarantine(TransferId(2)) == 3
+    book.begin_incoming(LAYERS[0], TransferId(3))  # another try beside the quarantined pages
+    assert book.end_quarantine(TRANSFER) == 4
+    assert {mapper.contents[page] for page in (*incoming, *leaving)} == {POISON}
+    with pytest.raises(AccountingError):
+        book.end_quarantine(TRANSFER)
+    book.check()
+
+
+# ---------------------------------------------------------------- escrow
+
+
+def test_only_arrivals_draw_on_escrow_and_what_leaves_refills_it(book: MemoryBook) -> None:
+    book.set_escrow(2)
+    assert (book.free_pages, book.escrow_pages) == (0, 2)
+    with pytest.raises(AccountingError):
+        book.map_kv(0, [PageRun(OTHER, 1)])
+    book.map_kv(0, [PageRun(OTHER, 2)], arriving=True)
+    assert (book.free_pages, book.escrow_pages) == (0, 0)
+    with pytest.raises(AccountingError):
+        book.map_kv(0, [PageRun(OTHER + 2, 1)], arriving=True)
+    book.check()
+    book.unmap_kv(3, [PageRun(HOME, 3)])
+    assert (book.free_pages, book.escrow_pages) == (1, 2)
+    book.map_kv(1, [PageRun(OTHER, 2)], arriving=True)  # a free page before one of escrow
+    assert (book.free_pages, book.escrow_pages) == (0, 1)
+    book.release_part(LAYERS[3])
+    assert (book.free_pages, book.escrow_pages) == (2, 2)
+    book.set_escrow(0)
+    assert (book.free_pages, book.escrow_pages) == (4, 0)
+    book.check()
+
+
+def test_escrow_follows_what_is_asked_for(book: MemoryBook, mapper: TableMapper) -> None:
+    book.set_escrow(2)
+    book.set_escrow(1)
+    assert (book.free_pages, book.escrow_pages) == (1, 1)
+    before = state(book, mapper)
+    for pages in (3, -1):
+        with pytest.raises(AccountingError, match="of escrow wanted"):
+            book.set_escrow(pages)
+        assert state(book, mapper) == before
+    book.map_kv(0, [PageRun(OTHER, 2)], arriving=True)
+    with pytest.raises(AccountingError, match="of escrow wanted"):
+        book.set_escrow(1)
+    book.set_escrow(0)
+    book.unmap_kv(0, [PageRun(OTHER, 2)])
+    assert (book.free_pages, book.escrow_pages) == (2, 0)
+    book.check()
+
+
+def test_a_refused_arrival_returns_to_free_and_escrow(
+    book: MemoryBook, mapper: TableMapper
+) -> None:
+    book.set_escrow(1)
+    before = state(book, mapper)
+    for refused_call in (1, 2):
+        mapper.refused_call = refused_call
+        with pytest.raises(RefusedError):
+            book.map_kv_many({0: [PageRun(OTHER, 1)], 1: [PageRun(OTHER, 1)]}, arriving=True)
+        assert state(book, mapper) == before
+        book.check()
+
+
+# ---------------------------------------------------------------- failures
+
+
+FAR = SLOTS.range_pages
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {0: [PageRun(OTHER, SPARE_PAGES + 1)]},
+        {0: [PageRun(OTHER, 1)], 1: [PageRun(OTHER, SPARE_PAGES)]},
+        {0: [PageRun(OTHER, 1)], 1: [PageRun(HOME + 1, 1)]},
+        {0: [PageRun(OTHER, 1), PageRun(OTHER, 1)]},
+        {0: [PageRun(OTHER, 0)]},
+        {0: [PageRun(-1, 1)]},
+        {0: [PageRun(FAR - 1, 2)]},
+        {NUM_LAYERS: [PageRun(OTHER, 1)]},
+        {-1: [PageRun(OTHER, 1)]},
+    ],
+)
+def test_kv_that_cannot_be_mapped_changes_nothing(
+    book: MemoryBook, mapper: TableMapper, wanted: dict[int, list[PageRun]]
+) -> None:
+    before, calls = state(book, mapper), len(mapper.calls)
+    with pytest.raises(AccountingError):
+        book.map_kv_many(wanted)
+    with pytest.raises(AccountingError):
+        book.unmap_kv_many({2: [PageRun(HOME, 1)]} | wanted)
+    assert state(book, mapper) == before
+    assert len(mapper.calls) == calls
+    book.check()
+
+
+OPERATIONS: dict[str, Callable[[MemoryBook], object]] = {
+    "hold": lambda book: book.hold_part(LAYERS[3]),
+    "release": lambda book: book.release_part(EMBEDDING),
+    "quarantine part": lambda book: book.quarantine_part(EMBEDDING, TRANSFER),
+    "finish": lambda book: book.finish_incoming(LAYERS[2]),
+    "map": lambda book: book.map_kv_many(
+        {layer: [PageRun(OTHER, 1), PageRun(OTHER + 4, 1)] for layer in range(2)}
+    ),
+    "unmap": lambda book: book.unmap_kv_many(
+        {layer: [PageRun(HOME, 1), PageRun(HOME + 2, 1)] for layer in range(3)}
+    ),
+    "unmap middle": lambda book: book.unmap_kv(0, [PageRun(HOME + 1, 2)]),
+    "quarantine kv": lambda book: book.quarantine_kv(
+        1, [PageRun(HOME, 1), PageRun(HOME + 2, 1)], TRANSFER
+    ),
+    "release all": lambda book: book.release_all_kv(),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_when_the_mapper_refuses_nothing_is_changed(name: str) -> None:
+    refused_call = 0
+    refused = True
+    while refused:
+        mapper = TableMapper()
+        book = MemoryBook(PLAN, SLOTS, OWN_SLOT, mapper)
+        for part in LAYERS[2:]:
+            book.release_part(part)
+        book.begin_incoming(LAYERS[2], TRANSFER)
+        book.set_escrow(1)
+        before, calls = state(book, mapper), len(mapper.calls)
+        refused_call += 1
+        mapper.refused_call = refused_call
+        try:
+            OPERATIONS[name](book)
+            refused = False
+        except RefusedError:
+            assert state(book, mapper) == before
+        book.check()
+    assert refused_call == len(mapper.calls) - calls + 1 > 1
+    assert state(book, mapper) != before
+
+
+def test_check_sees_what_book_and_mapper_do_not_share(
+    book: MemoryBook, mapper: TableMapper
+) -> None:
+    def assert_fault(
+        fault: str, break_it: Callable[[], object], mend: Callable[[], object]
+    ) -> None:
+        book.check()
+        break_it()
+        with pytest.raises(AccountingError, match=fault):
+            book.check()
+        mend()
+        book.check()
+
+    ledger, kv = book.ledger, KvPages(0)
+    assert kv in ledger.owners()
+    assert_fault(
+        "KV of layer 0: the mapper shows",
+        lambda: ledger.place(0, [PageRun(OTHER, 1)]),
+        lambda: ledger.remove(0, [PageRun(OTHER, 1)]),
+    )
+    assert_fault(
+        "layer 1: the mapper shows",
+        lambda: mapper.parts[LAYERS[1]].reverse(),
+        lambda: mapper.parts[LAYERS[1]].reverse(),
+    )
+    assert_fault("escrow of 1", lambda: ledger.take(ESCROW, 1), lambda: ledger.give(ESCROW))
+    incoming = IncomingPages(LAYERS[0], TRANSFER)
+    assert_fault(
+        "held or incoming twice", lambda: ledger.take(incoming, 2), lambda: ledger.give(incoming)
+    )
+    book.release_part(LAYERS[0])
+    assert_fault("only a piece", lambda: ledger.take(incoming, 2), lambda: ledger.give(incoming))
+    book.set_escrow(1)
+    assert_fault("escrow of 0", lambda: ledger.give(ESCROW), lambda: ledger.take(ESCROW, 1))
+
+
+# ---------------------------------------------------------------- by property
+
+
+RANGE_RUNS = st.lists(
+    st.builds(
+        PageRun,
+        st.sampled_from([HOME, OTHER]).flatmap(lambda at: st.integers(at, at + 8)),
+        st.integers(1, 4),
+    ),
+    max_size=3,
+).map(lambda runs: runs_of(pages_of(runs)))
+SOME_PARTS = st.sampled_from(PARTS)
+SOME_LAYERS = st.integers(0, NUM_LAYERS - 1)
+SOME_TRANSFERS = st.sampled_from([TransferId(1), TransferId(2)])
+
+
+class BookMachine(RuleBasedStateMachine):
+    """Any sequence of calls, some of which the mapper refuses. What the book refuses changes
+    nothing, and whoever gets a page finds it poisoned, unless it came with its contents."""
+
+    @initialize()
+    def open(self) -> None:
+        self.mapper = TableMapper()
+        self.book = MemoryBook(PLAN, SLOTS, OWN_SLOT, self.mapper, poison=True)
+        self._write_all()
+
+    @rule(part=SOME_PARTS, refused_call=st.integers(0, 1))
+    def hold(self, part: Part, refused_call: int) -> None:
+        if self._try(lambda: self.book.hold_part(part), refused_call):
+            self._assert_poisoned(self.book.ledger.runs(PartPages(part)))
+
+    @rule(part=SOME_PARTS, refused_call=st.integers(0, 1))
+    def release(self, part: Part, refused_call: int) -> None:
+        runs = self.book.ledger.runs(PartPages(part))
+        if self._try(lambda: self.book.release_part(part), refused_call):
+            self._assert_poisoned(runs)
+
+    @rule(part=SOME_PARTS, transfer=SOME_TRANSFERS)
+    def quarantine_part(self, part: Part, transfer: TransferId) -> None:
+        runs = self.book.ledger.runs(PartPages(part))
+        if self._try(lambda: self.book.quarantine_part(part, transfer)):
+            self._assert_written(runs)
+
+    @precondition(lambda self: len(self.book.held_parts) < len(PARTS))
+    @rule(data=st.data(), transfer=SOME_TRANSFERS)
+    def begin(self, data: st.DataObject, transfer: TransferId) -> None:
+        part = data.draw(st.sampled_from(sorted(set(PARTS) - set(self.book.held_parts), key=str)))
+        if self._try(lambda: self.book.begin_incoming(part, transfer)):
+            self._assert_poisoned(self.book.ledger.runs(IncomingPages(part, transfer)))
+
+    @precondition(lambda self: self.book.incoming_parts)
+    @rule(
+        data=st.data(),
+        end=st.sampled_from(["finish", "finish", "abort", "quarantine"]),
+        refused_call=st.integers(0, 1),
+    )
+    def end_incoming(self, data: st.DataObject, end: str, refused_call: int) -> None:
+        self._write_all()
+        part = data.draw(st.sampled_from(self.book.incoming_parts))
+        if end == "abort":
+            self._try(lambda: self.book.abort_incoming(part))
+        elif end == "quarantine":
+            self._try(lambda: self.book.quarantine_incoming(part))
+        elif self._try(lambda: self.book.finish_incoming(part), refused_call):
+            self._assert_written(self.book.ledger.runs(PartPages(part)))
+
+    @rule(transfer=SOME_TRANSFERS)
+    def end_quarantine(self, transfer: TransferId) -> None:
+        runs = self.book.ledger.runs(QuarantinedPages(transfer))
+        if self._try(lambda: self.book.end_quarantine(transfer)):
+            self._assert_poisoned(runs)
+
+    @rule(
+        layers=st.sets(SOME_LAYERS, min_size=1),
+        range_runs=RANGE_RUNS,
+        arriving=st.booleans(),
+        refused_call=st.integers(0, 4),
+    )
+    def map_kv(
+        self, layers: set[int], range_runs: list[PageRun], arriving: bool, refused_call: int
+    ) -> None:
+        wanted = dict.fromkeys(layers, range_runs)
+        if self._try(lambda: self.book.map_kv_many(wanted, arriving=arriving), refused_call):
+            for layer in layers:
+                for page in pages_of(range_runs):
+                    physical = self.book.physical_page(layer, page)
+                    self._assert_poisoned([PageRun(physical, 1)])
+
+    @rule(data=st.data(), refused_call=st.integers(0, 3))
+    def unmap_kv(self, data: st.DataObject, refused_call: int) -> None:
+        given = {layer: self._some_pages(data, layer) for layer in data.draw(st.sets(SOME_LAYERS))}
+        physical = [
+            PageRun(self.book.physical_page(layer, page), 1)
+            for layer, range_runs in given.items()
+            for page in pages_of(range_runs)
+        ]
+        if self._try(lambda: self.book.unmap_kv_many(given), refused_call):
+            self._assert_poisoned(physical)
+
+    @rule(layer=SOME_LAYERS, range_runs=RANGE_RUNS)
+    def unmap_pages_that_may_be_missing(self, layer: int, range_runs: list[PageRun]) -> None:
+        self._try(lambda: self.book.unmap_kv(layer, range_runs))
+
+    @rule(data=st.data(), layer=SOME_LAYERS, transfer=SOME_TRANSFERS)
+    def quarantine_kv(self, data: st.DataObject, layer: int, transfer: TransferId) -> None:
+        range_runs = self._some_pages(data, layer)
+        physical = [
+            PageRun(self.book.physical_page(layer, page), 1) for page in pages_of(range_runs)
+        ]
+        if self._try(lambda: self.book.quarantine_kv(layer, range_runs, transfer)):
+            self._assert_written(physical)
+
+    @rule(pages=st.integers(-1, 4))
+    def set_escrow(self, pages: int) -> None:
+        if self._try(lambda: self.book.set_escrow(pages)):
+            assert self.book.escrow_pages == pages
+
+    @rule()
+    def become_whole_again(self) -> None:
+        """From anywhere, once all transfers are done: the counts of the beginning."""
+        book = self.book
+        book.set_escrow(0)
+        book.release_all_kv()
+        for part in book.incoming_parts:
+            book.abort_incoming(part)
+        for owner in book.ledger.owners():
+            if isinstance(owner, QuarantinedPages):
+                book.end_quarantine(owner.transfer)
+        for part in PARTS:
+            if not book.holds(part):
+                book.hold_part(part)
+        book.map_kv_many(dict.fromkeys(range(NUM_LAYERS), book.home_runs))
+        assert book.complete_pages() == book.home_runs
+        assert book.free_pages == SPARE_PAGES
+
+    @invariant()
+    def laws_hold(self) -> None:
+        self.book.check()
+        free = pages_of(self.book.ledger.runs(FREE))
+        assert not set(free) & set(self._mapped()), "a free page is mapped"
+        self._write_all()
+
+    def _try(self, operation: Callable[[], object], refused_call: int = 0) -> bool:
+        """Whether it succeeded; if not, nothing may have changed."""
+        before = state(self.book, self.mapper)
+        self.mapper.refused_call = refused_call
+        try:
+            operation()
+        except (AccountingError, RefusedError):
+            assert state(self.book, self.mapper) == before
+            return False
+        finally:
+            self.mapper.refused_call = 0
+        return True
+
+    def _some_pages(self, data: st.DataObject, layer: int) -> list[PageRun]:
+        pages = pages_of(self.book.kv_runs(layer))
+        return list(runs_of(data.draw(st.sets(st.sampled_from(pages))) if pages else ()))
+
+    def _mapped(self) -> list[int]:
+        kv = [page for shown in self.mapper.kv.values() for page in shown.values()]
+        return kv + [page for pages in self.mapper.parts.values() for page in pages]
+
+    def _write_all(self) -> None:
+        """Somebody writes everywhere, even where nobody should."""
+        self.mapper.contents = dict.fromkeys(range(NUM_PAGES), "written")
+
+    def _assert_poisoned(self, runs: Sequence[PageRun]) -> None:
+        assert {self.mapper.contents[page] for page in pages_of(runs)} <= {POISON}
+
+    def _assert_written(self, runs: Sequence[PageRun]) -> None:
+        assert {self.mapper.contents[page] for page in pages_of(runs)} <= {"written"}
+
+
+BookMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+TestBookProperties = BookMachine.TestCase
+
+
+@given(
+    left=st.sets(st.integers(HOME, HOME + 9)),
+    right=st.sets(st.integers(HOME, HOME + 9)),
+)
+@settings(deadline=None)
+def test_complete_pages_are_the_common_ones(left: set[int], right: set[int]) -> None:
+    book = MemoryBook(PLAN, SLOTS, OWN_SLOT, TableMapper())
+    book.release_all_kv()
+    for part in (EMBEDDING, *LAYERS[2:]):
+        book.release_part(part)
+    book.map_kv_many({0: runs_of(left), 1: runs_of(right)})
+    assert book.complete_pages() == runs_of(left & right)
+    book.check()
