@@ -175,6 +175,10 @@ class BlockPool:
         """True while a block table holds `block`."""
         return block in self._references
 
+    def is_backed(self, page: int) -> bool:
+        """True for a page that was added, open or closed."""
+        return page in self._usable_masks
+
     def is_open(self, block: BlockId) -> bool:
         """True when the page of `block` is open."""
         return block // self._blocks_per_page in self._home_of

@@ -681,8 +681,7 @@ class Member:
                 self._memory.map_kv(layer, runs_of(wanted - mapped))
         self._is_frozen = False
         if self._scheduler is not None:
-            self._scheduler.end_compaction_if_any()
-            self._scheduler.unfreeze_if_frozen()
+            self._scheduler.turn_back()
         self._answer(Aborted, message.transition)
 
     # ------------------------------------------------------------ after COMMIT

@@ -629,8 +629,11 @@ class Scheduler:
         blocked: _RequestState | None = None
         copying = self._copies_under_way()
         copies: dict[tuple[int, BlockId], BlockId] = {}  # of this draft
-        idle = [state for state in self._running if state.is_idle and state not in draft.work]
-        for state in (*draft.work, *idle):
+        others: list[_RequestState] = []
+        if len(self._flights) + 1 >= self._config.num_stages or not draft.work:
+            # No other step is formed right after this one, in which they could be computed.
+            others = [s for s in self._running if s.is_idle and s not in draft.work]
+        for state in (*draft.work, *others):
             if state.num_outside and not self._relocate(state, draft, copies, copying):
                 blocked = blocked or state
             if len(copies) >= self._config.max_moves_per_step:
@@ -907,6 +910,18 @@ class Scheduler:
         them may be out of date. Other blocks that were full then still have their content."""
         return self._pool.touched()
 
+    def turn_back(self) -> None:
+        """A transition was aborted: no homes any more, and not frozen. Pages outside of the homes
+        stay closed until `grow_or_reopen`."""
+        if self._compaction is not None:
+            self.end_compaction(())
+        self._is_frozen = False
+
+    @property
+    def referenced_blocks(self) -> int:
+        """Blocks in use, shared ones counted once."""
+        return self._pool.referenced_blocks
+
     def _frozen_requests(self) -> tuple[FrozenRequest, ...]:
         """Tables are as if every plan in flight were cancelled."""
         sources: dict[_RequestState, dict[int, BlockId]] = {}
@@ -1053,6 +1068,20 @@ class Scheduler:
         if awaited:
             raise AccountingError(f"pages {awaited[:8]} are added, but they are not complete")
         self._pool.add_pages(runs_of(pages))
+
+    def grow_or_reopen(self, runs: Iterable[PageRun]) -> None:
+        """Pages are backed by all members: those that an aborted split left closed are open again,
+        others are new.
+
+        Raises:
+            AccountingError: a page is pending. Nothing has changed then.
+        """
+        pages = set(pages_of(runs))
+        closed = pages & set(pages_of(self._pool.closed_pages()))
+        known = {page for page in pages if self._pool.is_backed(page)}
+        self.grow(runs_of(pages - known))
+        if closed and self._compaction is None:
+            self._pool.reopen_pages(runs_of(closed))
 
     @property
     def num_stalled(self) -> int:

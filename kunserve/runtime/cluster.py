@@ -16,11 +16,13 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import zmq
 
 from kunserve.core.errors import InstanceFailedError, KunserveError
 from kunserve.core.events import (
+    AnswerWish,
     ClockTicked,
     Command,
     DeliverTokens,
@@ -30,28 +32,34 @@ from kunserve.core.events import (
     FormGroup,
     GroupReport,
     Heartbeat,
+    InstanceDrainWished,
     InstanceLost,
     InstanceReady,
     KillInstance,
+    LayoutWished,
     LeaseRequest,
+    LogTransition,
     RefusalKind,
     RefuseRequest,
     RequestAborted,
     RequestSubmitted,
     RevokeLease,
     StartInstance,
-    StepTiming,
+    WishKind,
 )
 from kunserve.core.ids import InstanceId, RequestId
 from kunserve.core.request import Request
+from kunserve.core.transition import TransitionOrder, TransitionReport
 from kunserve.policy.book import ControllerConfig
 from kunserve.policy.controller import Controller
 from kunserve.policy.scheduler import SchedulerConfig
 from kunserve.runtime.codec import CodecError, LoadProgress, Shutdown, StartFailed
 from kunserve.runtime.settings import InstanceSettings
-from kunserve.runtime.status import ClusterView, InstanceStatus
+from kunserve.runtime.status import ClusterView
 from kunserve.runtime.supervisor import Supervisor
+from kunserve.runtime.transition_log import describe
 from kunserve.runtime.transport import FrontSocket
+from kunserve.runtime.viewer import Viewer
 from kunserve.worker.settings import EngineSettings
 
 logger = logging.getLogger("kunserve.cluster")
@@ -63,8 +71,14 @@ STALL_GRACE_S = 1.0
 not have reached the inbox, so deadlines are looked at only after the grace (two heartbeats)."""
 STOP_GRACE_S = 3.0
 
+_ORDERS = (LeaseRequest, RevokeLease, FormGroup, *get_args(TransitionOrder))
+_REPORTS = (GroupReport, Heartbeat, *get_args(TransitionReport))
+
 Sink = Callable[[DeliverTokens | RefuseRequest], None]
 """Takes what happens to one request. Called on the cluster's thread; must not block."""
+
+OnAnswer = Callable[[bool, str], None]
+"""Takes (granted, message) of a wish, once. Called on the cluster's thread; must not block."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +92,8 @@ class ClusterSettings:
     start_timeout_s: float
     log_level: str = "info"
     check_accounting: bool = False
+    exchange: str = "coordinated"
+    link_gbps: float | None = None
 
 
 class Cluster:
@@ -112,6 +128,10 @@ class Cluster:
         self._drained = threading.Event()
         self._ended = threading.Event()
         self._view = ClusterView()
+        self._viewer = Viewer(self._controller, settings.controller)
+        self._wishes: dict[int, OnAnswer] = {}
+        self._wish_lock = threading.Lock()
+        self._next_wish = 0
         self._stop_grace_s = STOP_GRACE_S
 
     # ------------------------------------------------------------ any thread
@@ -172,6 +192,26 @@ class Cluster:
         """Take no new requests; `drained` is set when the last one has ended."""
         self._post(DrainRequested())
 
+    def wish(
+        self, kind: WishKind, groups: tuple[tuple[InstanceId, ...], ...], on_answer: OnAnswer
+    ) -> None:
+        """Ask for another layout; `groups` only for LAYOUT. `on_answer` is called at COMMIT, or
+        when it is refused, and always, also when the cluster ends."""
+        self._post_wish(lambda number: LayoutWished(number, kind, groups), on_answer)
+
+    def wish_drain(self, instance: InstanceId, on_answer: OnAnswer) -> None:
+        """Take an instance out of service; answered when its drain has begun or is refused."""
+        self._post_wish(lambda number: InstanceDrainWished(number, instance), on_answer)
+
+    def _post_wish(self, event: Callable[[int], Event], on_answer: OnAnswer) -> None:
+        with self._wish_lock:
+            number = self._next_wish
+            self._next_wish += 1
+            self._wishes[number] = on_answer
+        self._post(event(number))
+        if self._ended.is_set():
+            self._refuse_all()
+
     def begin_stop(self, at_once: bool = False) -> None:
         """Refuse what still runs and end all instances, without waiting for it.
 
@@ -227,6 +267,10 @@ class Cluster:
             if sink is not None:
                 message = "the server is shutting down"
                 sink(RefuseRequest(request_id, RefusalKind.UNAVAILABLE, message))
+        with self._wish_lock:
+            wishes, self._wishes = self._wishes, {}
+        for on_answer in wishes.values():
+            on_answer(False, "the server is shutting down")
 
     def _loop(self) -> None:
         next_tick = time.monotonic()
@@ -279,10 +323,10 @@ class Cluster:
             self._handle(message)
             self._on_progress(message.instance, "ready", 1.0)
             self._publish()
-            if not self._start_deadlines_ns:
+            if not self._start_deadlines_ns and not self._served:
                 self._served = True
                 self._all_ready.set()
-        elif isinstance(message, GroupReport | Heartbeat):
+        elif isinstance(message, _REPORTS):
             self._handle(message)
         else:
             raise CodecError(f"the front does not take {type(message).__name__}")
@@ -298,7 +342,7 @@ class Cluster:
     def _perform(self, command: Command) -> None:
         if isinstance(command, DeliverTokens):
             self._deliver(command)
-        elif isinstance(command, LeaseRequest | RevokeLease | FormGroup):
+        elif isinstance(command, _ORDERS):
             child = self._supervisor.child(command.instance)
             if child is not None:
                 self._link.send(child.identity, command)
@@ -314,6 +358,18 @@ class Cluster:
             self._supervisor.kill(command.instance)
         elif isinstance(command, DrainComplete):
             self._drained.set()
+        elif isinstance(command, AnswerWish):
+            self._answer(command)
+        elif isinstance(command, LogTransition):
+            logger.info("%s", describe(command.record))
+            self._viewer.count(command.record)
+
+    def _answer(self, command: AnswerWish) -> None:
+        self._publish()  # whoever is answered finds the layout of the answer
+        with self._wish_lock:
+            on_answer = self._wishes.pop(command.wish, None)
+        if on_answer is not None:  # else a wish of the controller itself
+            on_answer(command.granted, command.message)
 
     def _deliver(self, command: DeliverTokens) -> None:
         is_last = command.outputs[-1].finish is not None
@@ -336,6 +392,8 @@ class Cluster:
                 scheduler=settings.scheduler,
                 log_level=settings.log_level,
                 check_accounting=settings.check_accounting,
+                exchange=settings.exchange,
+                link_gbps=settings.link_gbps,
             )
         )
         self._pidfds[child.pidfd] = command.instance
@@ -379,28 +437,6 @@ class Cluster:
     # ------------------------------------------------------------ snapshot
 
     def _publish(self) -> None:
-        controller, now_ns = self._controller, time.monotonic_ns()
-        instances = []
-        for record in controller.instances():
-            group = controller.group_record(record.id)
-            load = group.load if group else None
-            child = self._supervisor.child(record.id)
-            instances.append(
-                InstanceStatus(
-                    instance=record.id,
-                    pid=child.process.pid if child else None,
-                    state=record.state.value,
-                    heartbeat_age_s=(now_ns - record.last_heard_ns) / 1e9,
-                    load=load,
-                    timing=group.timing if group else StepTiming(),
-                )
-            )
-        self._view = ClusterView(
-            ready=bool(controller.layout.groups) and not controller.draining,
-            draining=controller.draining,
-            num_requests=controller.num_requests,
-            instances=tuple(instances),
-            cpu_ns=time.thread_time_ns(),
-            at_ns=now_ns,
-        )
+        pids = {child.instance: child.process.pid for child in self._supervisor.children}
+        self._view = self._viewer.view(pids, time.monotonic_ns(), time.thread_time_ns())
         self._on_view(self._view)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
@@ -22,6 +22,7 @@ from kunserve.core.events import (
     RevokeLease,
 )
 from kunserve.core.ids import InstanceId
+from kunserve.core.transition import TransitionOrder, TransitionReport
 
 
 class CodecError(KunserveError):
@@ -62,6 +63,8 @@ MESSAGE_TYPES: tuple[type, ...] = (
     LeaseRequest,
     RevokeLease,
     Shutdown,
+    *get_args(TransitionOrder),
+    *get_args(TransitionReport),
 )
 
 # msgspec lets text that is no UTF-8 and too deep nesting through as Python's own errors.

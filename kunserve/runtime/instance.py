@@ -1,10 +1,12 @@
-"""The instance process: a member and an executor, driven by messages of the front.
+"""The instance process: a member and an engine, driven by messages of the front and of peers.
 
-Two threads. The control thread (main) takes messages in, schedules and reports; the compute
-thread runs one plan at a time. So an abort, a lease or a heartbeat never waits for a long step.
+    front  --leases, orders--->  control --work--> compute        (layers, head)
+    front  <--reports----------  control <-answers- compute
+    peers  <==rows, acks=====>   control --parts-> parts          (file, checksums)
+    peers  ..pages, pulled..>    control --pulls-> pump           (transfer library)
 
-    front --Lease/Revoke--> control --plan--> compute
-    front <--GroupReport--- control <-result-- compute
+The control thread (main) takes messages in, schedules and reports; all others run one job at a
+time. So an abort, a lease or a heartbeat never waits for a long step.
 
 What it decides is `kunserve.policy.member`; here are threads, sockets and time.
 """
@@ -12,114 +14,140 @@ What it decides is `kunserve.policy.member`; here are threads, sockets and time.
 from __future__ import annotations
 
 import gc
+import hashlib
 import logging
-import os
-import queue
 import sys
-import threading
 import time
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, replace
 from typing import Any
 
 import msgspec
 import torch
 import zmq
 
-from kunserve.core.errors import AccountingError, KunserveError
+from kunserve.core.actions import (
+    CancelCompute,
+    CancelPulls,
+    CheckPart,
+    Compute,
+    Computed,
+    Configure,
+    Connect,
+    LoadPart,
+    Pull,
+    SendFront,
+    SendPeer,
+)
+from kunserve.core.errors import KunserveError
 from kunserve.core.events import InstanceReady
-from kunserve.core.step import StepPlan, StepResult
+from kunserve.core.ids import InstanceId
+from kunserve.core.transition import PeerAddress, Remap, Remapped
+from kunserve.device.transfer import (
+    MemoryRange,
+    Priority,
+    PullJob,
+    Pump,
+    PumpSettings,
+    Span,
+    create_transfer_agent,
+)
 from kunserve.policy.cost_model import CostModel
-from kunserve.policy.member import Member
+from kunserve.policy.member import Member, MemberConfig
 from kunserve.runtime.codec import LoadProgress, Shutdown, StartFailed
+from kunserve.runtime.peers import PeerMesh
 from kunserve.runtime.process import ignore_terminal_signals
 from kunserve.runtime.settings import InstanceSettings
+from kunserve.runtime.threads import ComputeThread, PartThread
 from kunserve.runtime.transport import InstanceSocket
 from kunserve.worker.engine import Engine
-from kunserve.worker.executor import Executor
 from kunserve.worker.profile import quick_fit
 
 logger = logging.getLogger("kunserve.instance")
 
 HEARTBEAT_INTERVAL_MS = 500
+PULL_WINDOW_BYTES = 8 << 20
+"""Pages handed to the pump ahead: enough that it never waits for the control thread."""
 
 
-class ComputeThread:
-    """Runs plans one at a time and wakes the control thread through an eventfd.
+class _PeerMemory(msgspec.Struct, frozen=True):
+    """What a peer needs to pull from here: where the identity range begins, and the agent's own."""
 
-    `layers_done` grows between layers, and before the head: a step that stands still is seen
-    from outside.
+    base: int
+    metadata: bytes
+
+
+class Links:
+    """Everything between this instance and others: messages, rows and pulls.
+
+    Args:
+        gate: True while rows wait to be handed on.
     """
 
-    def __init__(self, executor: Executor) -> None:
-        self._executor = executor
-        self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[StepResult | BaseException] = queue.SimpleQueue()
-        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._cancelled = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
-        self.layers_done = 0
-        self.busy = False
-        self.execute_ns = 0
-        self._thread.start()
+    def __init__(
+        self, settings: InstanceSettings, engine: Engine, gate: Callable[[], bool]
+    ) -> None:
+        self._engine = engine
+        self._names: dict[InstanceId, str] = {}
+        self._bases: dict[InstanceId, int] = {}
+        self.mesh = PeerMesh(settings.instance, settings.incarnation, engine.spec.hidden_size)
+        name = f"{settings.instance}#{settings.incarnation}"
+        identity = engine.memory.identity
+        coordinated = settings.exchange == "coordinated"
+        self.pump = Pump(
+            lambda: create_transfer_agent("nixl", name),
+            [MemoryRange(identity.address, identity.nbytes)],
+            settings=PumpSettings(coordinated=coordinated, gbps=settings.link_gbps),
+            gate=gate,
+        )
 
     @property
-    def wake_fd(self) -> int:
-        """Readable when a result waits."""
-        return self._wake_fd
+    def address(self) -> PeerAddress:
+        """How others reach this instance."""
+        base = self._engine.memory.identity.address
+        metadata = msgspec.msgpack.encode(_PeerMemory(base, self.pump.metadata))
+        return self.mesh.address(metadata)
 
-    def submit(self, plan: StepPlan) -> None:
-        """Start a step. The last one's result must have been collected."""
-        if self.busy:
-            raise AccountingError("a step is under way already")
-        self.busy = True
-        self._cancelled.clear()
-        self._plans.put(plan)
+    def connect(self, peers: Sequence[PeerAddress]) -> None:
+        """Open links to these incarnations, close all others."""
+        self.mesh.update(peers)
+        names = {peer.instance: f"{peer.instance}#{peer.incarnation}" for peer in peers}
+        for name in set(self._names.values()) - set(names.values()):
+            self.pump.remove_peer(name)
+        for peer in peers:
+            memory = msgspec.msgpack.decode(peer.metadata, type=_PeerMemory)
+            self._bases[peer.instance] = memory.base
+            self.pump.add_peer(names[peer.instance], memory.metadata)
+        self._names = names
 
-    def collect(self) -> StepResult | None:
-        """The result of the step under way, or None while it runs.
+    def pull(self, order: Pull) -> str | None:
+        """Begin a pull. Returns why it cannot begin, or None."""
+        name = self._names.get(order.peer)
+        if name is None:
+            return f"instance {order.peer} has no link"
+        memory, base = self._engine.memory, self._bases[order.peer]
+        page_bytes = self._engine.plan.geometry.page_bytes
+        block_bytes = self._engine.plan.geometry.block_bytes
+        spans = tuple(
+            Span(
+                memory.identity_address(copy.local_page, copy.first_block * block_bytes),
+                base + copy.remote_page * page_bytes + copy.first_block * block_bytes,
+                copy.num_blocks * block_bytes,
+            )
+            for copy in order.copies
+        )
+        priority = Priority.WEIGHTS if order.is_weights else Priority.KV
+        self.pump.submit(PullJob(order.transfer, name, spans, priority))
+        return None
 
-        Raises:
-            BaseException: what the step raised.
-        """
-        try:
-            os.eventfd_read(self._wake_fd)
-        except BlockingIOError:
-            return None
-        result = self._results.get()
-        self.busy = False
-        if isinstance(result, BaseException):
-            raise result
-        return result
-
-    def cancel(self) -> None:
-        """Cancel the step under way between layers; its result comes marked as cancelled."""
-        self._cancelled.set()
-
-    def join(self) -> None:
-        """Cancel what runs and end the thread: nothing may be unmapped before."""
-        self._cancelled.set()
-        self._plans.put(None)
-        self._thread.join()
-        os.close(self._wake_fd)
-
-    def _run(self) -> None:
-        while (plan := self._plans.get()) is not None:
-            begin_ns = time.monotonic_ns()
-            try:
-                result: StepResult | BaseException = self._executor.execute(plan, self._between)
-            except BaseException as error:  # noqa: BLE001 - handed to the control thread whole
-                result = error
-            self.execute_ns += time.monotonic_ns() - begin_ns
-            self._results.put(result)
-            os.eventfd_write(self._wake_fd, 1)
-
-    def _between(self) -> bool:
-        self.layers_done += 1
-        return self._cancelled.is_set()
+    def close(self) -> None:
+        """Close all links."""
+        self.pump.close()
+        self.mesh.close()
 
 
 class Instance:
-    """The control thread: messages in, results in, plans and reports out."""
+    """The control thread: messages and answers in; work, pulls and reports out."""
 
     def __init__(
         self,
@@ -130,62 +158,164 @@ class Instance:
     ) -> None:
         self._settings = settings
         self._engine = engine
+        self._cost_model = cost_model
         self._link = link
-        self._member = Member(
-            settings.instance,
-            settings.incarnation,
-            partial(engine.make_scheduler, settings.scheduler, cost_model),
-        )
         self._compute = ComputeThread(engine.make_executor())
+        self._parts = PartThread(engine)
+        has_links = settings.engine.num_slots > 1
+        self._links = Links(settings, engine, self._rows_wait) if has_links else None
+        window = max(1, PULL_WINDOW_BYTES // engine.plan.geometry.page_bytes)
+        self._member = Member(
+            MemberConfig(
+                instance=settings.instance,
+                incarnation=settings.incarnation,
+                num_layers=engine.spec.num_layers,
+                scheduler=settings.scheduler,
+                window_pages=window if settings.exchange == "coordinated" else None,
+                has_links=has_links,
+            ),
+            cost_model,
+            engine.memory,
+            self._ready,
+            self._digest if settings.check_accounting else None,
+        )
         self._schedule_ns = 0
+        self._remap_ns = 0
         self._stopping = False
+        self._failed_pulls: list[tuple[int, str]] = []
 
     def run(self) -> None:
         """Serve until the front says Shutdown."""
-        poller = zmq.Poller()
-        poller.register(self._link.socket, zmq.POLLIN)
-        poller.register(self._compute.wake_fd, zmq.POLLIN)
+        poller = self._make_poller()
+        self._link.send(self._ready())
         next_beat = time.monotonic()
-        while not self._stopping:
-            wait_ms = max(0, int((next_beat - time.monotonic()) * 1000))
-            poller.poll(wait_ms)
-            begin_ns = time.monotonic_ns()
-            for message in self._link.receive():
-                self._take(message)
-            self._finish_step()
-            self._start_step()
-            self._schedule_ns += time.monotonic_ns() - begin_ns
-            if time.monotonic() >= next_beat:
-                self._beat()
-                next_beat = time.monotonic() + HEARTBEAT_INTERVAL_MS / 1000
-        self._compute.join()
+        try:
+            while not self._stopping:
+                wait_ms = max(0, int((next_beat - time.monotonic()) * 1000))
+                poller.poll(0 if self._failed_pulls else wait_ms)
+                begin_ns = time.monotonic_ns()
+                self._turn()
+                self._schedule_ns += time.monotonic_ns() - begin_ns
+                if time.monotonic() >= next_beat:
+                    self._beat()
+                    next_beat = time.monotonic() + HEARTBEAT_INTERVAL_MS / 1000
+        finally:
+            self._compute.join()
+            self._parts.join()
+            if self._links is not None:
+                self._links.close()
 
-    def _take(self, message: Any) -> None:
-        if isinstance(message, Shutdown):
-            self._stopping = True
-        else:
-            self._member.take(message)
+    def _make_poller(self) -> zmq.Poller:
+        poller = zmq.Poller()
+        sources: list[Any] = [self._link.socket, self._compute.wake_fd, self._parts.wake_fd]
+        if self._links is not None:
+            sources += [self._links.mesh.socket, self._links.pump.wake_fd]
+        for source in sources:
+            poller.register(source, zmq.POLLIN)
+        return poller
 
-    def _finish_step(self) -> None:
-        """Take in the result of the step under way, if it is there."""
-        result = self._compute.collect() if self._compute.busy else None
-        if result is None:
-            return
-        for request_id, message in result.failed:
+    def _ready(self) -> InstanceReady:
+        engine = self._engine
+        return InstanceReady(
+            instance=self._settings.instance,
+            incarnation=self._settings.incarnation,
+            total_blocks=engine.total_blocks,
+            num_pages=engine.plan.num_pages,
+            parts=engine.memory.part_runs(),
+            costs=astuple(self._cost_model),
+            address=self._links.address if self._links is not None else None,
+        )
+
+    def _rows_wait(self) -> bool:
+        return self._compute.is_handing_on
+
+    def _digest(self, places: Sequence[tuple[int, int, int]]) -> str:
+        """Hash of blocks of physical pages, for comparing what an exchange moved."""
+        geometry, arena = self._engine.plan.geometry, self._engine.memory.arena
+        digest = hashlib.sha256()
+        for page, first, count in places:
+            at = self._engine.memory.identity_address(page, first * geometry.block_bytes)
+            digest.update(arena.view(at, count * geometry.block_bytes).data)
+        return digest.hexdigest()
+
+    # ------------------------------------------------------------ a turn
+
+    def _turn(self) -> None:
+        self._take_messages()
+        for done in self._compute.collect():
+            self._take_computed(done)
+        for part in self._parts.answers():
+            self._member.part_ready(part.transfer, part.error)
+        failed, self._failed_pulls = self._failed_pulls, []
+        for transfer, error in failed:
+            self._member.pulled(transfer, error)
+        if self._links is not None:
+            for pull in self._links.pump.completions():
+                if pull.error is not None:
+                    logger.warning("transfer %d: %s", pull.id, pull.error)
+                self._member.pulled(pull.id, pull.error)
+        actions = self._member.turn(
+            time.monotonic_ns(), self._compute.execute_ns, self._schedule_ns
+        )
+        for action in actions:
+            self._perform(action)
+        self._compute.handed_on()
+
+    def _take_messages(self) -> None:
+        for message in self._link.receive():
+            if isinstance(message, Shutdown):
+                self._stopping = True
+            elif isinstance(message, Remap):
+                self._remap(message)
+            else:
+                self._member.take(message, time.monotonic_ns())
+        if self._links is not None:
+            for delivery in self._links.mesh.receive():
+                self._member.take_peer(delivery.message, delivery.payload, time.monotonic_ns())
+
+    def _remap(self, message: Remap) -> None:
+        """The one order whose time is its result: the member has no clock."""
+        begin_ns = time.monotonic_ns()
+        self._member.take(message, begin_ns)
+        self._remap_ns = time.monotonic_ns() - begin_ns
+
+    def _take_computed(self, done: Computed) -> None:
+        for request_id, message in done.result.failed if done.result is not None else ():
             logger.error("request %s failed: %s", request_id, message)
-        self._member.finish_step(result, time.monotonic_ns())
+        self._member.computed(done, time.monotonic_ns())
         if self._settings.check_accounting:
             self._member.check()
-            self._engine.memory.check()
 
-    def _start_step(self) -> None:
-        """Report before the compute thread has the plan: its step may end the process."""
-        plan = self._member.next_plan(time.monotonic_ns())
-        report = self._member.take_report(self._compute.execute_ns, self._schedule_ns)
-        if report is not None:
-            self._link.send(report)
-        if plan is not None:
-            self._compute.submit(plan)
+    def _perform(self, action: Any) -> None:
+        if isinstance(action, Compute):
+            self._compute.submit(action.work)
+        elif isinstance(action, SendFront):
+            message = action.message
+            if isinstance(message, Remapped):
+                message = replace(message, elapsed_ns=self._remap_ns)
+            self._link.send(message)
+        elif isinstance(action, CancelCompute):
+            self._compute.cancel()
+        elif isinstance(action, Configure):
+            self._compute.configure(action.layers)
+        elif isinstance(action, LoadPart | CheckPart):
+            self._parts.submit(action)
+        else:
+            self._perform_link(action)
+
+    def _perform_link(self, action: Any) -> None:
+        if self._links is None:
+            raise KunserveError(f"{type(action).__name__} needs links, and there are none")
+        if isinstance(action, SendPeer):
+            self._links.mesh.send(action.target, action.message, action.payload)
+        elif isinstance(action, Pull):
+            error = self._links.pull(action)
+            if error is not None:
+                self._failed_pulls.append((action.transfer, error))
+        elif isinstance(action, CancelPulls):
+            self._links.pump.cancel(lambda job: True)
+        elif isinstance(action, Connect):
+            self._links.connect(action.peers)
 
     def _beat(self) -> None:
         heartbeat = self._member.heartbeat(self._compute.layers_done)
@@ -202,9 +332,9 @@ def _serve(settings: InstanceSettings, link: InstanceSocket) -> None:
         progress("measuring step times", 1.0)
         cost_model = quick_fit(engine)
         logger.info("step cost: %s", cost_model)
+        instance = Instance(settings, engine, cost_model, link)
         gc.freeze()  # what lives until the end: no collection needs to look at it again
-        link.send(InstanceReady(settings.instance, settings.incarnation, engine.total_blocks))
-        Instance(settings, engine, cost_model, link).run()
+        instance.run()
 
 
 def main() -> int:

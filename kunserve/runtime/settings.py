@@ -12,7 +12,8 @@ from kunserve.worker.settings import EngineSettings
 
 @dataclass(frozen=True)
 class InstanceSettings:
-    """What the front writes to a new instance's standard input."""
+    """What the front writes to a new instance's standard input. `exchange`: "coordinated" or
+    "uncoordinated"; `link_gbps` bounds each link of the instance, None for no bound."""
 
     instance: InstanceId
     incarnation: int
@@ -21,3 +22,5 @@ class InstanceSettings:
     scheduler: SchedulerConfig
     log_level: str
     check_accounting: bool
+    exchange: str = "coordinated"
+    link_gbps: float | None = None

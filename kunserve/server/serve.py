@@ -26,7 +26,7 @@ from kunserve.core.errors import ConfigError
 from kunserve.core.ids import InstanceId
 from kunserve.core.model import ModelSpec
 from kunserve.policy.book import SECOND_NS, ControllerConfig
-from kunserve.policy.pages import MemoryPlan
+from kunserve.policy.pages import MemoryPlan, SlotMap
 from kunserve.policy.scheduler import SchedulerConfig
 from kunserve.runtime.cluster import Cluster, ClusterSettings
 from kunserve.runtime.model_config import load_model_spec
@@ -99,6 +99,14 @@ def make_plan(config: ServeConfig, progress: Callable[[str], None]) -> ServePlan
 def cluster_settings(plan: ServePlan) -> ClusterSettings:
     """The cluster's own, narrower view of the configuration."""
     config, spec = plan.config, plan.spec
+    slots = SlotMap.for_domain(
+        plan.memory.geometry,
+        num_slots=config.instances,
+        num_layers=spec.num_layers,
+        member_pages=plan.memory.num_pages,
+    )
+    has_partners = config.instances > 1
+    part_pages = tuple(plan.memory.part_pages.items()) if has_partners else ()
     return ClusterSettings(
         num_instances=config.instances,
         engine=EngineSettings(
@@ -128,10 +136,16 @@ def cluster_settings(plan: ServePlan) -> ClusterSettings:
             max_model_len=plan.max_model_len,
             max_num_queued_reqs=config.max_num_queued_reqs,
             heartbeat_timeout_ns=int(config.heartbeat_timeout * SECOND_NS),
+            part_pages=part_pages,
+            slot_pages=slots.slot_pages,
+            blocks_per_page=plan.memory.geometry.blocks_per_page,
+            page_bytes=plan.memory.geometry.page_bytes,
         ),
         start_timeout_s=config.start_timeout,
         log_level=config.log_level,
         check_accounting=config.check_accounting,
+        exchange=config.exchange,
+        link_gbps=config.link_gbps,
     )
 
 

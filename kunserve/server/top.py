@@ -239,8 +239,8 @@ def _memory(metrics: Metrics) -> Text:
     dropped = metrics.total("parameter_dropped_bytes")
     if dropped:
         line += (
-            f"; parameters dropped: {dropped / MIB:.0f} MiB; without: {whole:.0f} tokens, "
-            f"of which {used / whole if whole else 0:.0%} are in use"
+            f"; parameters dropped {dropped / MIB:.0f} MiB, without {whole:.0f} tokens "
+            f"({used / whole if whole else 0:.0%} used)"
         )
     return Text(line)
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from types import TracebackType
 
 from kunserve.core.ids import Epoch, SlotId
-from kunserve.core.layout import LayerRange
+from kunserve.core.layout import LayerRange, Part
+from kunserve.core.model import ModelSpec
 from kunserve.device.arena import create_arena
 from kunserve.device.kernels import Kernels, create_kernels
 from kunserve.policy.blocks import BlockPool
@@ -24,7 +25,13 @@ from kunserve.worker.executor import Executor
 from kunserve.worker.memory import InstanceMemory
 from kunserve.worker.sampler import Sampler
 from kunserve.worker.settings import EngineSettings, plan_instance_memory
-from kunserve.worker.weights import CheckpointReader, check_checkpoint, load_part
+from kunserve.worker.slabs import part_format
+from kunserve.worker.weights import (
+    CheckpointReader,
+    check_checkpoint,
+    load_part,
+    part_checksum,
+)
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and how much of it is done, 0..1."""
@@ -63,6 +70,7 @@ class Engine:
                 self.plan, self.slots, self.slot, arena, poison=settings.poison
             )
             stack.callback(self.memory.close)
+            self.checksums: dict[Part, str] = {}
             self._load(progress)
             rope = build_rope_table(spec, settings.max_model_len)
             self.decoder = Decoder(
@@ -85,6 +93,26 @@ class Engine:
             for done, part in enumerate(spec.parts):
                 progress("loading weights", done / len(spec.parts))
                 load_part(reader, spec, part, self.memory.part_address(part), self.kernels)
+                if self.settings.num_slots > 1:  # only then can a part ever go and come back
+                    self.checksums[part] = self.checksum(part)
+
+    def checksum(self, part: Part) -> str:
+        """Of the bytes at the slab of `part` now; equal to `checksums[part]` if they are right."""
+        return part_checksum(self.memory.part_address(part), part_format(self.spec, part).nbytes)
+
+    def load(self, part: Part) -> None:
+        """Read a part from the file into its slab, which must be mapped.
+
+        Raises:
+            ModelLoadError: the file is gone or has changed.
+        """
+        with CheckpointReader(Path(self.settings.model_directory)) as reader:
+            load_part(reader, self.spec, part, self.memory.part_address(part), self.kernels)
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Shape of the model."""
+        return self.settings.spec
 
     @property
     def total_blocks(self) -> int:

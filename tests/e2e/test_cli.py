@@ -67,6 +67,16 @@ def error_of(err: str) -> str:
         ("serve --port", "--port"),
         ("serve --port 70000", "--port"),
         ("serve --port -1", "--port"),
+        ("serve --admin-port 9000", "--admin-key"),
+        ("serve --admin-key k", "--admin-port"),
+        ("serve --admin-port 70000 --admin-key k", "--admin-port"),
+        ("serve --exchange sometimes", "--exchange"),
+        ("serve --link-gbps 0", "--link-gbps"),
+        ("serve --link-gbps fast", "--link-gbps"),
+        ("top --interval 0", "--interval"),
+        ("top --interval soon", "--interval"),
+        ("top --admin-url http://127.0.0.1:1", "--admin-key"),
+        ("top extra", "extra"),
         ("serve --instances 17", "at most 16"),
         ("serve --instances 0", "--instances"),
         ("serve --instances two", "--instances"),
@@ -104,7 +114,9 @@ def test_version(run: Callable[..., Outcome]):
     assert run("--version") == (0, f"kunserve {VERSION}\n", "")
 
 
-@pytest.mark.parametrize("command", ["", "serve", "bench", "bench engine", "bench serve", "demo"])
+@pytest.mark.parametrize(
+    "command", ["", "serve", "top", "bench", "bench engine", "bench serve", "demo"]
+)
 def test_help(run: Callable[..., Outcome], command: str):
     code, out, err = run(*command.split(), "--help")
     assert (code, err) == (0, "")
@@ -125,6 +137,13 @@ def test_a_port_in_use(run: Callable[..., Outcome], model: Path, taken_port: int
     assert code == 2
     assert f"cannot listen on 127.0.0.1:{taken_port}" in error_of(err)
     assert "in use" in err
+
+
+def test_an_admin_port_in_use(run: Callable[..., Outcome], model: Path, taken_port: int):
+    flags = ("--port", "0", "--admin-port", taken_port, "--admin-key", "k")
+    code, _, err = run("serve", model, *flags)
+    assert code == 2
+    assert f"cannot listen on 127.0.0.1:{taken_port}" in error_of(err)
 
 
 @pytest.mark.parametrize("host", ["203.0.113.1", "a..b"])

@@ -110,7 +110,8 @@ class TransferAgent(Protocol):
         ...
 
     def add_peer(self, name: str, metadata: bytes) -> None:
-        """Make `name` known. Nothing is sent: a dead peer shows at the first pull.
+        """Make `name` known. Nothing is sent: a dead peer shows at the first pull. Both sides add
+        each other, also where only one pulls.
 
         Raises:
             TransferError: it is known already, or the metadata is not that of `name`.

@@ -33,7 +33,7 @@ CONNECTED_REST_NS = 5_000_000
 """Rest between looks at sockets on which a peer may begin to pull."""
 
 LONELY_REST_NS = 50_000_000
-"""Rest while there is no peer."""
+"""Rest while no peer was added: a peer that connects then waits several times as long."""
 
 ATTENTIVE_NS = 50_000_000
 """How long after an announcement we look after a peer's pulls without rest."""

@@ -1,0 +1,202 @@
+"""The threads of an instance beside its control thread: one computes, one loads parts.
+
+Each takes one kind of job from a queue and wakes the control thread through an eventfd. Nothing is
+shared but the memory of the engine, whose mappings only the control thread changes, and only where
+these threads do not look at that moment.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from kunserve.core.actions import CheckPart, Computed, LoadPart, RunFirst, RunHead, RunStage, Work
+from kunserve.core.errors import AccountingError, KunserveError
+from kunserve.core.layout import LayerRange
+from kunserve.core.step import StepResult
+from kunserve.worker.decoder import StepCancelledError
+from kunserve.worker.engine import Engine
+from kunserve.worker.stage import StageExecutor
+
+Job = TypeVar("Job")
+Answer = TypeVar("Answer")
+
+
+class WorkerThread(Generic[Job, Answer]):
+    """Answers jobs in order on a thread of its own. What a job raises is raised by `answers`."""
+
+    def __init__(self, name: str, work: Callable[[Job], Answer]) -> None:
+        self._work = work
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[Answer | BaseException] = queue.SimpleQueue()
+        self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        """Readable when an answer waits."""
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Queue a job."""
+        self._jobs.put(job)
+
+    def answers(self) -> list[Answer]:
+        """Answers since the last call, in order; never blocks.
+
+        Raises:
+            BaseException: what a job raised.
+        """
+        try:
+            os.eventfd_read(self.wake_fd)
+        except BlockingIOError:
+            return []
+        answers: list[Answer] = []
+        while True:
+            try:
+                answer = self._answers.get_nowait()
+            except queue.Empty:
+                return answers
+            if isinstance(answer, BaseException):
+                raise answer
+            answers.append(answer)
+
+    def join(self) -> None:
+        """End the thread when the jobs submitted so far are done."""
+        self._jobs.put(None)
+        self._thread.join()
+        os.close(self.wake_fd)
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                answer: Answer | BaseException = self._work(job)
+            except BaseException as error:  # noqa: BLE001 - handed to the control thread whole
+                answer = error
+            self._answers.put(answer)
+            os.eventfd_write(self.wake_fd, 1)
+
+
+class ComputeThread:
+    """Runs one piece of work at a time on a stage executor.
+
+    `layers_done` grows between layers, and before the head: work that stands still is seen from
+    outside. `is_handing_on` is true from the end of work whose rows go to another stage until
+    `handed_on`: a transfer that is not urgent waits for that long.
+    """
+
+    def __init__(self, executor: StageExecutor) -> None:
+        self._executor = executor
+        self._cancelled = threading.Event()
+        self._is_busy = False
+        self.layers_done = 0
+        self.execute_ns = 0
+        self.is_handing_on = False
+        self._thread: WorkerThread[Work, Computed] = WorkerThread("compute", self._run)
+
+    @property
+    def wake_fd(self) -> int:
+        """Readable when work is done."""
+        return self._thread.wake_fd
+
+    def configure(self, layers: LayerRange) -> None:
+        """Compute other layers from now on.
+
+        Raises:
+            AccountingError: work is under way.
+        """
+        if self._is_busy:
+            raise AccountingError("a stage cannot change its layers while it computes")
+        self._executor.configure(layers)
+
+    def submit(self, work: Work) -> None:
+        """Start a piece of work. The last one's answer must have been collected."""
+        if self._is_busy:
+            raise AccountingError("work is under way already")
+        self._is_busy = True
+        self._cancelled.clear()
+        self._thread.submit(work)
+
+    def collect(self) -> list[Computed]:
+        """The answer to the work under way, if it is there.
+
+        Raises:
+            BaseException: what the work raised.
+        """
+        answers = self._thread.answers()
+        if answers:
+            self._is_busy = False
+        return answers
+
+    def handed_on(self) -> None:
+        """The rows of the last work are on their way."""
+        self.is_handing_on = False
+
+    def cancel(self) -> None:
+        """Cancel the work under way between layers; its answer comes marked as cancelled."""
+        self._cancelled.set()
+
+    def join(self) -> None:
+        """Cancel what runs and end the thread: nothing may be unmapped before."""
+        self._cancelled.set()
+        self._thread.join()
+
+    def _run(self, work: Work) -> Computed:
+        begin_ns = time.monotonic_ns()
+        try:
+            return self._compute(work)
+        finally:
+            self.execute_ns += time.monotonic_ns() - begin_ns
+
+    def _compute(self, work: Work) -> Computed:
+        if isinstance(work, RunHead):
+            self.layers_done += 1
+            return Computed(work, self._executor.run_head(work.plan, work.payload))
+        if isinstance(work, RunFirst):
+            given = self._executor.run_first(work.plan, self._between)
+            if isinstance(given, StepResult):
+                return Computed(work, given)
+            self.is_handing_on = True
+            return Computed(work, payload=given)
+        return self._compute_stage(work)
+
+    def _compute_stage(self, work: RunStage) -> Computed:
+        try:
+            rows = self._executor.run_stage(work.chunks, work.moves, work.payload, self._between)
+        except StepCancelledError:
+            return Computed(work)
+        self.is_handing_on = True
+        return Computed(work, payload=rows)
+
+    def _between(self) -> bool:
+        self.layers_done += 1
+        return self._cancelled.is_set()
+
+
+@dataclass(frozen=True)
+class PartDone:
+    """A part was loaded or compared. `error`: why it is not right, or None."""
+
+    transfer: int
+    error: str | None
+
+
+class PartThread(WorkerThread[LoadPart | CheckPart, PartDone]):
+    """Reads parts from the file, and compares those that peers sent."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__("parts", self._bring)
+        self._engine = engine
+
+    def _bring(self, job: LoadPart | CheckPart) -> PartDone:
+        try:
+            if isinstance(job, LoadPart):
+                self._engine.load(job.part)
+            if self._engine.checksum(job.part) != self._engine.checksums[job.part]:
+                what = "the file has changed" if isinstance(job, LoadPart) else "it came damaged"
+                return PartDone(job.transfer, f"the checksum of {job.part} is wrong: {what}")
+        except KunserveError as error:
+            return PartDone(job.transfer, str(error))
+        return PartDone(job.transfer, None)
