@@ -12,7 +12,7 @@ TORCH_INDEX ?=
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check unit bench references clean
+.PHONY: help install demo test check unit bench docs references clean
 
 help:  ## show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -47,6 +47,9 @@ test: check  ## the whole check and all tests but the slow ones
 
 bench: install  ## measure this machine and the engine
 	$(BIN)/kunserve bench engine
+
+docs: install  ## draw the protocol's diagram into docs/architecture.md again
+	$(BIN)/python docs/diagram.py
 
 references: install  ## make the reference tokens of tests again, with transformers (minutes)
 	$(BIN)/python tests/references/generate.py

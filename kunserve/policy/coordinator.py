@@ -68,6 +68,7 @@ from kunserve.policy.planner import (
     ClusterShape,
     PlannedTransition,
     TransitionKind,
+    TypicalStep,
     Wish,
     drop_all,
     next_step,
@@ -201,7 +202,7 @@ class Coordinator:
             if kind is not WishKind.LAYOUT:
                 wished = drop_all(serving) if kind is WishKind.DROP else restore_all(serving)
             shape = self._shape()
-            next_step(shape, serving, wished, self._cost())
+            next_step(shape, serving, wished, self._cost(), self._typical(wished))
         except LayoutError as error:
             yield AnswerWish(number, False, f"illegal: {error}")
             return
@@ -231,7 +232,8 @@ class Coordinator:
             wishes = drop_all if pursuit.kind is WishKind.DROP else restore_all
             pursuit.groups = wishes(groups)
         try:
-            step = next_step(self._shape(), groups, pursuit.groups, self._cost())
+            typical = self._typical(pursuit.groups)
+            step = next_step(self._shape(), groups, pursuit.groups, self._cost(), typical)
         except LayoutError as error:
             yield from self.withdraw(str(error))
             return
@@ -269,10 +271,25 @@ class Coordinator:
         )
 
     def _cost(self) -> CostModel:
-        """The middle one of the instances' cost models: one noisy fit decides nothing."""
+        """The fastest of the instances' fits: a disturbed measurement is only ever too slow."""
         serving = [i for group in self._book.layout.groups for i in group.instances]
-        costs = sorted((self._book.instances[i].costs for i in serving), key=lambda c: c[3:4])
-        return CostModel(*costs[len(costs) // 2]) if costs else CostModel(0, 0, 0, 0)
+        fits = [CostModel(*self._book.instances[i].costs) for i in serving]
+        chunks = TypicalStep().chunks
+        return min(fits, key=lambda fit: fit.step_ns(chunks), default=CostModel(0, 0, 0, 0))
+
+    def _typical(self, wished: Wish) -> TypicalStep:
+        """A microbatch of the moment in the largest wished group: its share of all requests."""
+        loads = [group.load for group in self._book.groups.values() if group.load is not None]
+        requests = sum(load.num_running + load.num_waiting for load in loads)
+        running = sum(load.num_running for load in loads)
+        if not running:
+            return TypicalStep()
+        used = sum(load.total_blocks - load.available_blocks for load in loads)
+        stages = max(len(group) for group in wished)
+        return TypicalStep(
+            decodes=-(-requests // stages),
+            context_tokens=max(1, used * self._book.config.block_size // running),
+        )
 
     # ------------------------------------------------------------ a transition's life
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import kunserve
 from kunserve.config import ServeConfig
+from kunserve.policy.transition import as_mermaid
 from kunserve.server.engine import EngineStatus
 from kunserve.server.metrics import ServerMetrics
 
@@ -72,3 +73,7 @@ def test_relative_links_exist() -> None:
             if not (page.parent / path).exists():
                 missing.append(f"{page.name}: {link}")
     assert not missing
+
+
+def test_the_diagram_of_the_protocol_is_drawn_from_its_table() -> None:
+    assert as_mermaid() in ARCHITECTURE, "run `make docs`"
