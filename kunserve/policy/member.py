@@ -103,6 +103,9 @@ from kunserve.policy.scheduler import Scheduler, SchedulerConfig
 MemberMessage = FormGroup | LeaseRequest | RevokeLease | TransitionOrder
 """What the front tells a member."""
 
+MOVE_BYTES_PER_STEP = 24 << 20
+"""Most bytes that a stage copies for `StepPlan.moves` in a step: about 5 ms on one CPU thread."""
+
 PROGRESS_INTERVAL_NS = 50_000_000
 """At most so often an exchange says how far it is."""
 
@@ -312,7 +315,14 @@ class Member:
         whole_blocks = sum(run.count for run in self._memory.home_runs) * self._blocks_per_page
         most_seqs = math.ceil(config.max_num_seqs * max(1.0, capacity_blocks / whole_blocks))
         cost = slowest_stage(group.stages, self._config.num_layers, self._cost_model, TypicalStep())
-        limits = replace(config, num_stages=len(group.stages), max_num_seqs=most_seqs)
+        most_layers = max(len(stage.layers) for stage in group.stages)
+        most_moves = MOVE_BYTES_PER_STEP // (self._memory.plan.geometry.block_bytes * most_layers)
+        limits = replace(
+            config,
+            num_stages=len(group.stages),
+            max_num_seqs=most_seqs,
+            max_moves_per_step=max(1, most_moves),
+        )
         pool = BlockPool(slots.slot_blocks, self._blocks_per_page)
         return Scheduler(limits, pool, cost, group.epoch)
 

@@ -31,6 +31,12 @@ from kunserve.core.transition import PageMove, PagesPulled, PartSource
 from kunserve.policy.memory import MemoryBook
 from kunserve.policy.pages import TransferId
 
+MAP_BATCH_PAGES = 1024
+"""Most pages that are mapped in one go: runs of neighbours cost one driver call."""
+
+LEAVE_BATCH_MOVES = 32
+"""So many moves that have left are unmapped in one go, unless their credit is needed before."""
+
 MOST_ATTEMPTS = 3
 """Of one transfer: a link may be set up anew in between (links.md, rule 4)."""
 
@@ -61,6 +67,7 @@ class _PartPull:
     part: Part
     source: PartSource
     attempts: int = 1
+    is_here: bool = False
 
 
 class Mover:
@@ -90,9 +97,11 @@ class Mover:
         self._transition = TransitionId(-1)
         self._leader = instance
         self._queue: deque[PageMove] = deque()
+        self._mapped: deque[PageMove] = deque()  # their pages are there, nothing in them yet
         self._pulls: dict[int, _KvPull] = {}
         self._failed: list[PageMove] = []
         self._departures: dict[int, PageMove] = {}
+        self._left: list[PageMove] = []  # acknowledged, still mapped here
         self._arrived: list[PageMove] = []  # not announced yet
         self._gathered: list[int] = []
         self._gains: deque[PartSource] = deque()
@@ -155,11 +164,11 @@ class Mover:
         self._fill_parts()
 
     def _fill_parts(self) -> None:
-        """One part from a peer and one from the file at a time."""
+        """One part from a peer and one from the file at a time, beside those being compared."""
         if self.refusal:
             return
         from_file = any(p.source.peer is None for p in self._parts.values())
-        from_peer = any(p.source.peer is not None for p in self._parts.values())
+        from_peer = any(p.source.peer is not None and not p.is_here for p in self._parts.values())
         if not from_peer:
             source = next((s for s in self._gains if s.peer is not None), None)
             if source is not None:
@@ -226,7 +235,7 @@ class Mover:
         self._departures = {move.number: move for move in departures}
 
     def _begin(self, mode: Mode, transition: TransitionId, moves: Sequence[PageMove]) -> None:
-        if self._pulls or self._queue:
+        if self._pulls or self._queue or self._mapped:
             raise AccountingError("moves of another transition are still under way")
         self._mode, self._transition = mode, transition
         self._queue = deque(moves)
@@ -236,27 +245,42 @@ class Mover:
 
     def _fill(self) -> None:
         """Hand moves to the pump as long as there is credit and room in the window."""
-        while self._queue and self._has_room():
+        if self._queue and not self._mapped:
+            self._map_ahead()
+        while self._mapped and self._has_room():
+            self._pull(_KvPull(self._mapped.popleft()))
+
+    def _map_ahead(self) -> None:
+        """Map the pages of the next moves, as far as credit goes.
+
+        Taking credit early is safe: every mapped move can be pulled, so it ends, and any order of
+        moves will do (`kunserve.policy.exchange`).
+        """
+        self._unmap_left()  # pages that have left are credit
+        is_gather = self._mode is Mode.GATHER
+        credit = self._memory.free_pages + (0 if is_gather else self._memory.escrow_pages)
+        wanted: dict[int, set[int]] = {}
+        pages = 0
+        while self._queue and pages < MAP_BATCH_PAGES:
             move = self._queue[0]
             absent = [layer for layer in move.layers if not self._has_page(layer, move.page)]
-            credit = self._memory.free_pages
-            if self._mode is Mode.EXCHANGE:
-                credit += self._memory.escrow_pages
-            if len(absent) > credit:
-                if self._mode is Mode.GATHER:
+            if pages + len(absent) > credit:
+                if is_gather:
                     self._queue.clear()
-                return
-            self._queue.popleft()
-            if absent:
-                wanted = dict.fromkeys(absent, (PageRun(move.page, 1),))
-                self._memory.map_kv_many(wanted, arriving=self._mode is Mode.EXCHANGE)
-            self._pull(_KvPull(move))
+                break
+            self._mapped.append(self._queue.popleft())
+            pages += len(absent)
+            for layer in absent:
+                wanted.setdefault(layer, set()).add(move.page)
+        if wanted:
+            runs = {layer: runs_of(given) for layer, given in wanted.items()}
+            self._memory.map_kv_many(runs, arriving=not is_gather)
 
     def _has_room(self) -> bool:
         if self._window_pages is None or not self._pulls:
             return True
         pages = sum(len(pull.move.layers) for pull in self._pulls.values())
-        return pages + len(self._queue[0].layers) <= self._window_pages
+        return pages + len(self._mapped[0].layers) <= self._window_pages
 
     def _has_page(self, layer: int, page: int) -> bool:
         return bool(self._memory.ledger.extents(layer, PageRun(page, 1)))
@@ -279,7 +303,9 @@ class Mover:
         part = self._parts.get(transfer)
         if part is not None:
             if error is None:
+                part.is_here = True
                 self._actions.append(CheckPart(transfer, part.part))
+                self._fill_parts()
             else:
                 self.part_ready(transfer, error)
             return
@@ -341,7 +367,6 @@ class Mover:
         Raises:
             AccountingError: what arrived is not what is here.
         """
-        pages: dict[int, set[int]] = {}
         for index, number in enumerate(message.moves):
             move = self._departures.get(number)
             if move is None:
@@ -350,11 +375,19 @@ class Mover:
             if digest and self._digest is not None and digest != self._digest(self._places(move)):
                 raise AccountingError(f"{move} arrived changed at {message.sender}")
             del self._departures[number]
+            self._left.append(move)
+        if not self._departures or len(self._left) >= LEAVE_BATCH_MOVES:
+            self._unmap_left()
+        self._fill()
+
+    def _unmap_left(self) -> None:
+        pages: dict[int, set[int]] = {}
+        for move in self._left:
             for layer in move.layers:
                 pages.setdefault(layer, set()).add(move.page)
+        self._left.clear()
         if pages:
             self._memory.unmap_kv_many({layer: runs_of(given) for layer, given in pages.items()})
-            self._fill()
 
     # ------------------------------------------------------------ giving up
 
@@ -362,6 +395,8 @@ class Mover:
         """End everything: parts on their way in are given back, pages that may still be written go
         to quarantine. What has arrived stays where it is."""
         self._queue.clear()
+        self._mapped.clear()
+        self._left.clear()
         self._gains.clear()
         self._failed.clear()
         self._arrived.clear()

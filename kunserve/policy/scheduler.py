@@ -848,6 +848,7 @@ class Scheduler:
         the request. Its blocks are given up; full ones stay cached."""
         self._running.remove(state)
         state.is_running = False
+        state.computed_tokens = 0
         state.pending_pages = set()
         state.num_outside = 0
         state.home = 0

@@ -1,21 +1,28 @@
 """A model small enough to compute by hand: its KV are numbers, its tokens are checksums.
 
-The KV of a position depends on its token and on the KV before it, as in a real decoder, and a
-sampled token on the KV of all positions, on the seed and on its index. So a wrong block table, a
-shared block that was overwritten or KV that was never computed changes the tokens, while
-failover, preemption and chunking do not.
+A hidden row is one number. Layer by layer, as in a real decoder,
+
+    KV cell of (layer, position)  =  crc(layer, row below)
+    row of (layer, position)      =  crc(row below, all cells of this layer up to the position)
+
+and a sampled token is a checksum of the last row, the seed and its index. So KV that was lost, is
+out of date, or comes from a wrong layer, block or page changes the tokens, while failover,
+preemption, chunking and another split of the layers do not.
 """
 
 from __future__ import annotations
 
 import zlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from kunserve.core.actions import Payload, RunFirst, RunHead, Work
 from kunserve.core.errors import AccountingError, KunserveError
-from kunserve.core.ids import BlockId, RequestId
+from kunserve.core.ids import RequestId
+from kunserve.core.layout import LayerRange, Part, PartKind
 from kunserve.core.request import FinishReason, Request, TokenOutput
 from kunserve.core.step import Chunk, SampledToken, StepPlan, StepResult
+from kunserve.sim.memory import POISON, TableMapper
 
 VOCAB_SIZE = 29
 EOS_TOKEN_ID = 0
@@ -24,6 +31,12 @@ POISON_TOKEN_ID = VOCAB_SIZE
 POISON_MESSAGE = "the logits are not finite"
 KILLER_TOKEN_ID = VOCAB_SIZE + 1
 """In a prompt: the process that computes it ends in that step."""
+
+EMBEDDING = Part(PartKind.EMBEDDING)
+HEAD = Part(PartKind.HEAD)
+
+Rows = tuple[array[int], ...]
+"""Hidden rows of each chunk of a step, one per token."""
 
 
 class ProcessKilledError(KunserveError):
@@ -34,27 +47,45 @@ class ProcessKilledError(KunserveError):
         self.request_id = request_id
 
 
-def next_cell(previous: int, token_id: int) -> int:
-    """KV of a position, from the KV of the position before it (0 before the first)."""
-    return zlib.crc32(token_id.to_bytes(4, "little"), previous)
+def embed(token_id: int) -> int:
+    """The row below layer 0."""
+    return zlib.crc32(token_id.to_bytes(4, "little"))
 
 
-def sample(cells: bytes, seed: int, index: int) -> int:
-    """Output token `index` from the KV of all known tokens, 4 bytes each."""
+def cell_of(layer: int, row: int) -> int:
+    """The KV that a row leaves in a layer."""
+    return zlib.crc32(row.to_bytes(8, "little"), layer + 1)
+
+
+def add_cell(cells_crc: int, cell: int) -> int:
+    """Checksum of the cells of a layer up to one more position; 0 before the first."""
+    return zlib.crc32(cell.to_bytes(8, "little"), cells_crc)
+
+
+def next_row(row: int, cells_crc: int) -> int:
+    """The row above a layer."""
+    return zlib.crc32(row.to_bytes(8, "little"), cells_crc)
+
+
+def sample(row: int, seed: int, index: int) -> int:
+    """Output token `index` from the last row of the last known token."""
     counter = seed.to_bytes(8, "little") + index.to_bytes(8, "little")
-    return zlib.crc32(counter, zlib.crc32(cells)) % VOCAB_SIZE
+    return zlib.crc32(counter, row) % VOCAB_SIZE
 
 
-def reference_outputs(request: Request, eos_token_ids: Sequence[int]) -> tuple[TokenOutput, ...]:
-    """All tokens of a request that fits, without scheduler, blocks or batches."""
+def reference_outputs(
+    request: Request, eos_token_ids: Sequence[int], num_layers: int
+) -> tuple[TokenOutput, ...]:
+    """All tokens of a request that fits, without scheduler, blocks, stages or batches."""
     params = request.params
     outputs: list[TokenOutput] = []
-    cells = array("I")
+    crcs = [0] * num_layers
+    row = 0
     for token_id in request.prompt_token_ids:
-        cells.append(next_cell(cells[-1] if cells else 0, token_id))
+        row = _reference_row(token_id, crcs)
     for index in range(params.max_tokens):
-        token_id = sample(cells.tobytes(), params.seed, index)
-        cells.append(next_cell(cells[-1], token_id))
+        token_id = sample(row, params.seed, index)
+        row = _reference_row(token_id, crcs)
         may_stop = index >= params.min_tokens
         is_eos = may_stop and token_id in eos_token_ids and not params.ignore_eos
         is_stop = may_stop and token_id in params.stop_token_ids and not is_eos
@@ -68,63 +99,122 @@ def reference_outputs(request: Request, eos_token_ids: Sequence[int]) -> tuple[T
     return tuple(outputs)
 
 
+def _reference_row(token_id: int, crcs: list[int]) -> int:
+    row = embed(token_id)
+    for layer in range(len(crcs)):
+        crcs[layer] = add_cell(crcs[layer], cell_of(layer, row))
+        row = next_row(row, crcs[layer])
+    return row
+
+
 class ToyExecutor:
-    """Computes plans in a KV memory of blocks, and holds the plan to its contract."""
+    """Computes the work of one stage in the instance's memory, and holds plans to their contract.
 
-    def __init__(self, block_size: int) -> None:
-        self._block_size = block_size
-        self._memory: dict[BlockId, array[int]] = {}
+    Args:
+        has_head: the model has a head of its own; else the embedding serves as one.
+    """
+
+    def __init__(self, mapper: TableMapper, num_layers: int, has_head: bool) -> None:
+        self._mapper = mapper
+        self._num_layers = num_layers
+        self._head_part = HEAD if has_head else EMBEDDING
         self._started: dict[RequestId, Request] = {}
+        self.layers = LayerRange(0, num_layers)
+        """Layers of its stage."""
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Compute a plan.
+    @property
+    def is_whole(self) -> bool:
+        """It computes whole steps."""
+        return len(self.layers) == self._num_layers
+
+    def run(self, work: Work, num_layers: int) -> tuple[StepResult | None, Payload]:
+        """Compute the first `num_layers` layers of a piece of work, and what comes after them if
+        these are all: a result or rows for the next stage. Both are None when it stops before.
 
         Raises:
-            AccountingError: a chunk's request was not started.
+            AccountingError: KV or weights are not where they must be, or a chunk's request was not
+                started.
             ProcessKilledError: a chunk holds KILLER_TOKEN_ID.
         """
-        for chunk in plan.chunks:
+        if isinstance(work, RunHead):
+            return self._head(work.plan, work.payload), None
+        if isinstance(work, RunFirst):
+            self._start(work.plan)
+            rows = self._embed(work.plan.chunks)
+            chunks, moves = work.plan.chunks, work.plan.moves
+        else:
+            rows = tuple(array("q", chunk_rows) for chunk_rows in work.payload)
+            chunks, moves = work.chunks, work.moves
+        for move in moves:
+            for layer in self.layers:
+                self._mapper.copy_block(layer, move.source, move.target)
+        for layer in list(self.layers)[:num_layers]:
+            self._layer(layer, chunks, rows)
+        if num_layers < len(self.layers):
+            return None, None
+        if self.layers.stop < self._num_layers:
+            return None, rows
+        last = tuple(
+            chunk_rows[-1:] for chunk, chunk_rows in zip(chunks, rows, strict=True) if chunk.samples
+        )
+        return (self._head(work.plan, last), None) if isinstance(work, RunFirst) else (None, last)
+
+    def check_killers(self, work: Work) -> None:
+        """Raise ProcessKilledError if the work ends its process."""
+        for chunk in work.plan.chunks if isinstance(work, RunFirst) else ():
             if KILLER_TOKEN_ID in chunk.token_ids:
                 raise ProcessKilledError(chunk.request_id)
+
+    def _start(self, plan: StepPlan) -> None:
         for request_id in plan.released:
             self._started.pop(request_id, None)
         for request in plan.started:
             self._started[request.id] = request
+
+    def _embed(self, chunks: Iterable[Chunk]) -> Rows:
+        self._mapper.check_part(EMBEDDING)
+        return tuple(array("q", map(embed, chunk.token_ids)) for chunk in chunks)
+
+    def _layer(self, layer: int, chunks: Sequence[Chunk], rows: Rows) -> None:
+        """Replace `rows` by those above `layer`, and write its KV."""
+        self._mapper.check_part(Part(PartKind.LAYER, layer))
+        cells, size = self._mapper.pages.cells, self._mapper.pages.block_size
+        for chunk, chunk_rows in zip(chunks, rows, strict=True):
+            crc = self._prefix_crc(layer, chunk)
+            for index, row in enumerate(chunk_rows):
+                block, offset = divmod(chunk.context_len + index, size)
+                cell = cell_of(layer, row)
+                cells[self._mapper.first_cell(layer, chunk.block_table[block]) + offset] = cell
+                crc = add_cell(crc, cell)
+                chunk_rows[index] = next_row(row, crc)
+
+    def _prefix_crc(self, layer: int, chunk: Chunk) -> int:
+        cells, size = self._mapper.pages.cells, self._mapper.pages.block_size
+        crc = 0
+        for start in range(0, chunk.context_len, size):
+            block = chunk.block_table[start // size]
+            first = self._mapper.first_cell(layer, block)
+            seen = cells[first : first + min(size, chunk.context_len - start)]
+            if POISON in seen:
+                raise AccountingError(
+                    f"{chunk.request_id} reads KV of layer {layer} in block {block} (position "
+                    f"{start}) that nobody has written there"
+                )
+            crc = zlib.crc32(seen.tobytes(), crc)
+        return crc
+
+    def _head(self, plan: StepPlan, rows: Sequence[array[int]]) -> StepResult:
+        self._mapper.check_part(self._head_part)
         tokens: list[SampledToken] = []
         failed: list[tuple[RequestId, str]] = []
-        for chunk in plan.chunks:
-            cells = self._compute(chunk)
-            if not chunk.samples:
-                continue
-            request = self._request_of(chunk)
+        chunks = [chunk for chunk in plan.chunks if chunk.samples]
+        for chunk, (row,) in zip(chunks, rows, strict=True):
+            request = self._started.get(chunk.request_id)
+            if request is None:
+                raise AccountingError(f"request {chunk.request_id} samples, but was not started")
             if POISON_TOKEN_ID in request.prompt_token_ids:
                 failed.append((request.id, POISON_MESSAGE))
                 continue
-            token_id = sample(cells, request.params.seed, chunk.output_index)
+            token_id = sample(row, request.params.seed, chunk.output_index)
             tokens.append(SampledToken(request.id, chunk.output_index, token_id))
         return StepResult(plan.epoch, plan.step, tuple(tokens), failed=tuple(failed))
-
-    def _request_of(self, chunk: Chunk) -> Request:
-        request = self._started.get(chunk.request_id)
-        if request is None:
-            raise AccountingError(f"request {chunk.request_id} samples, but it was not started")
-        return request
-
-    def _compute(self, chunk: Chunk) -> bytes:
-        """Write the KV of the chunk's tokens; give that of all tokens up to its last."""
-        position = chunk.context_len
-        last = self._block(chunk, position - 1) if position else None
-        cell = last[(position - 1) % self._block_size] if last is not None else 0
-        for token_id in chunk.token_ids:
-            cell = next_cell(cell, token_id)
-            self._block(chunk, position)[position % self._block_size] = cell
-            position += 1
-        blocks = range(-(-position // self._block_size))
-        cells = b"".join(self._block(chunk, i * self._block_size).tobytes() for i in blocks)
-        return cells[: position * 4]
-
-    def _block(self, chunk: Chunk, position: int) -> array[int]:
-        block = chunk.block_table[position // self._block_size]
-        if block not in self._memory:
-            self._memory[block] = array("I", [0] * self._block_size)
-        return self._memory[block]

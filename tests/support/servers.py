@@ -12,10 +12,11 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -27,7 +28,11 @@ END_DEADLINE_S = 20.0
 TINY_FLAGS = ("--threads-per-instance", "1", "--kv-cache-memory-bytes", "8MiB")
 """Small, and one thread each: two instances on two cores."""
 
+ADMIN_KEY = "admin-secret"
+ADMIN_FLAGS = ("--admin-port", "0", "--admin-key", ADMIN_KEY)
+
 _SERVING = re.compile(r"serving on (http://\S+)")
+_ADMIN = re.compile(r"admin API on (http://\S+)")
 _MARK = "KUNSERVE_TEST_RUN"
 _SAMPLE = re.compile(r"^(kunserve:\w+)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
 
@@ -51,6 +56,7 @@ class ServerProcess:
     mark: str
     shm_before: frozenset[str]
     url: str = ""
+    admin_url: str = ""
     sockets: set[str] = field(default_factory=set)
 
     @property
@@ -103,6 +109,8 @@ class ServerProcess:
             return found
 
         self.url = until(serving, "serving", START_DEADLINE_S).group(1)
+        admin = _ADMIN.search(self.log)  # said before
+        self.admin_url = admin.group(1) if admin else ""
         self.note_sockets()
 
     def note_sockets(self) -> None:
@@ -182,7 +190,10 @@ class ServerProcess:
 
 @contextlib.contextmanager
 def started_command(
-    directory: Path, arguments: Sequence[str], prefix: Sequence[str] = ()
+    directory: Path,
+    arguments: Sequence[str],
+    prefix: Sequence[str] = (),
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[ServerProcess]:
     """Run `kunserve ARGUMENTS`, and check at the end that nothing is left of it.
 
@@ -193,7 +204,7 @@ def started_command(
     scratch = directory / "tmp"
     scratch.mkdir(parents=True)
     name, value = mark.split("=")
-    environment = os.environ | {name: value, "TMPDIR": str(scratch)}
+    whole_environment = os.environ | dict(environment) | {name: value, "TMPDIR": str(scratch)}
     shm_before = _shared_memory()
     log = directory / "server.log"
     with log.open("wb") as output:
@@ -202,7 +213,7 @@ def started_command(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            env=environment,
+            env=whole_environment,
         )
     server = ServerProcess(process, log, scratch, mark, shm_before)
     try:
@@ -223,10 +234,19 @@ def started_command(
 
 
 @contextlib.contextmanager
-def running_server(directory: Path, model: Path, *flags: str) -> Iterator[ServerProcess]:
-    """`kunserve serve MODEL` on a free port with accounting checks, ready for requests."""
-    arguments = ["serve", str(model), "--port", "0", "--check-accounting", *TINY_FLAGS, *flags]
-    with started_command(directory, arguments) as server:
+def running_server(
+    directory: Path,
+    model: Path | None,
+    *flags: str,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[ServerProcess]:
+    """`kunserve serve MODEL` on a free port with accounting checks, ready for requests.
+
+    `model` None: the embedded one.
+    """
+    names = () if model is None else (str(model),)
+    arguments = ["serve", *names, "--port", "0", "--check-accounting", *TINY_FLAGS, *flags]
+    with started_command(directory, arguments, environment=environment) as server:
         server.wait_serving()
         yield server
 
@@ -234,16 +254,33 @@ def running_server(directory: Path, model: Path, *flags: str) -> Iterator[Server
 # ---------------------------------------------------------------- streams
 
 
-class StreamLoad:
-    """Concurrent completion streams in a thread of their own; `tokens` grows as they come.
+@dataclass
+class Answer:
+    """What a stream has given so far; `logprobs` per token as the API shows them, if asked for."""
 
-    Leaving the context early cancels what still runs.
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[Any] = field(default_factory=list)
+    text: str = ""
+    finishes: list[str] = field(default_factory=list)
+
+
+class StreamLoad:
+    """Concurrent completion streams in a thread of their own; `answers` grow as they come.
+
+    Leaving the context early cancels what still runs. `leave_after[i]`: tokens after which the
+    client of stream i goes away.
     """
 
-    def __init__(self, url: str, bodies: Sequence[dict[str, Any]]) -> None:
-        self.tokens: list[list[int]] = [[] for _ in bodies]
+    def __init__(
+        self,
+        url: str,
+        bodies: Sequence[dict[str, Any]],
+        leave_after: Mapping[int, int] = MappingProxyType({}),
+    ) -> None:
+        self.answers = [Answer() for _ in bodies]
         self._url = url
         self._bodies = bodies
+        self._leave_after = leave_after
         self._executor = ThreadPoolExecutor(1)
         self._loop = asyncio.new_event_loop()
         self._task: asyncio.Task[None] | None = None
@@ -258,23 +295,41 @@ class StreamLoad:
             self._loop.call_soon_threadsafe(self._cancel)
         self._executor.shutdown()
 
+    @property
+    def tokens(self) -> list[list[int]]:
+        """Tokens of each stream."""
+        return [answer.tokens for answer in self.answers]
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of all streams."""
+        return sum(map(len, self.tokens))
+
+    @property
+    def is_over(self) -> bool:
+        """True when every stream has ended. Raises what a stream failed with."""
+        assert self._future is not None
+        if self._future.done():
+            self._future.result()
+        return self._future.done()
+
     def wait_tokens(self, count: int) -> None:
         """Wait until every stream has given `count` tokens, and none has ended."""
-
-        def given() -> bool:
-            assert self._future is not None
-            if self._future.done():
-                self._future.result()
-            return min(map(len, self.tokens)) >= count
-
-        until(given, f"{count} tokens of each stream")
+        until(
+            lambda: self.is_over or min(map(len, self.tokens)) >= count,
+            f"{count} tokens of each stream",
+        )
         for body, tokens in zip(self._bodies, self.tokens, strict=True):
             assert len(tokens) < body["max_tokens"], "a stream ended too early for this test"
 
-    def result(self) -> list[list[int]]:
+    def wait_total(self, count: int) -> None:
+        """Wait until the streams together have given `count` tokens, or are over."""
+        until(lambda: self.is_over or self.total_tokens >= count, f"{count} tokens of all streams")
+
+    def result(self, deadline_s: float = DEADLINE_S) -> list[list[int]]:
         """All tokens of all streams, each of which must have ended as it should."""
         assert self._future is not None
-        self._future.result(DEADLINE_S)
+        self._future.result(deadline_s)
         return self.tokens
 
     def _cancel(self) -> None:
@@ -295,18 +350,20 @@ class StreamLoad:
         ) as client:
             await asyncio.gather(
                 *(
-                    stream_tokens(client, body, tokens)
-                    for body, tokens in zip(self._bodies, self.tokens, strict=True)
+                    stream_answer(client, body, answer, self._leave_after.get(index))
+                    for index, (body, answer) in enumerate(
+                        zip(self._bodies, self.answers, strict=True)
+                    )
                 )
             )
 
 
-async def stream_tokens(
-    client: httpx.AsyncClient, body: dict[str, Any], tokens: list[int]
-) -> str | None:
-    """Stream a completion into `tokens`; its finish reason. Fails unless it ends by [DONE]."""
+async def stream_answer(
+    client: httpx.AsyncClient, body: dict[str, Any], answer: Answer, leave_after: int | None = None
+) -> None:
+    """Stream a completion into `answer`. Fails unless it finishes once and ends by [DONE]."""
     wanted = {"stream": True, "return_token_ids": True, **body}
-    finish, done = None, False
+    done = False
     async with client.stream("POST", "/v1/completions", json=wanted) as response:
         if response.status_code != 200:
             raise AssertionError((await response.aread()).decode())
@@ -315,12 +372,35 @@ async def stream_tokens(
             if line == "data: [DONE]":
                 done = True
             elif line:
-                event = json.loads(line.removeprefix("data: "))
-                assert "error" not in event, event
-                tokens += event["choices"][0]["token_ids"]
-                finish = event["choices"][0]["finish_reason"]
+                _take_event(json.loads(line.removeprefix("data: ")), answer)
+            if leave_after is not None and len(answer.tokens) >= leave_after:
+                return
     assert done, "the stream broke off"
-    return finish
+    assert len(answer.finishes) == 1, answer.finishes
+
+
+def _take_event(event: dict[str, Any], answer: Answer) -> None:
+    assert "error" not in event, event
+    choice = event["choices"][0]
+    assert not answer.finishes, "something follows the finish"
+    answer.tokens += choice["token_ids"]
+    answer.text += choice["text"]
+    if choice["logprobs"] is not None:
+        given = choice["logprobs"]
+        answer.logprobs += zip(
+            given["tokens"], given["token_logprobs"], given["top_logprobs"], strict=True
+        )
+    if choice["finish_reason"] is not None:
+        answer.finishes.append(choice["finish_reason"])
+
+
+async def stream_tokens(
+    client: httpx.AsyncClient, body: dict[str, Any], tokens: list[int]
+) -> str | None:
+    """Stream a completion into `tokens`; its finish reason. Fails unless it ends by [DONE]."""
+    answer = Answer(tokens)
+    await stream_answer(client, body, answer)
+    return answer.finishes[0]
 
 
 # ---------------------------------------------------------------- /proc

@@ -721,7 +721,7 @@ class TransitionMachine(SchedulerMachine):
 
     @initialize(
         block_size=st.integers(1, 5),
-        capacity_tokens=st.integers(60, 160),
+        capacity_tokens=st.integers(80, 240),
         budget_tokens=st.one_of(st.none(), st.none(), st.integers(1, 40)),
         target_ms=st.sampled_from([20, 1000]),
         max_num_seqs=st.sampled_from([3, 8, 8]),
@@ -760,6 +760,15 @@ class TransitionMachine(SchedulerMachine):
     def cancel(self, extents: Sequence[tuple[int, int]]) -> None:  # type: ignore[override]
         plan = self.flights.pop(0)
         assert self.scheduler.update(plan, self.ring.cancel(plan, extents), 0) == ()
+
+    @rule(length=st.integers(9, 24), copies=st.integers(2, 4))
+    def submit_long(self, length: int, copies: int) -> None:
+        """Long enough to share blocks and to be there for a while."""
+        for _ in range(copies):
+            self.num_requests += 1
+            name, arrival_ns = f"r{self.num_requests}", 10 * self.num_requests
+            self.lease(make_request(name, (2,) * length, 30, arrival_ns), 0)
+            self.run(2)
 
     # the old scheduler
 
@@ -939,11 +948,13 @@ class TransitionMachine(SchedulerMachine):
     # compaction
 
     @precondition(lambda self: not self.is_frozen and not self.is_compacting and self.expected)
-    @rule(data=st.data(), num_homes=st.integers(1, 3), plans=st.integers(0, 3))
+    @rule(data=st.data(), num_homes=st.integers(1, 2), plans=st.integers(0, 3))
     def compact(self, data: st.DataObject, num_homes: int, plans: int) -> None:
         open_pages = [p for p in range(256) if self.pool.is_open(BlockId(4 * p))]
-        home_of = {
-            page: data.draw(st.sampled_from([*range(num_homes), *range(num_homes), 9]))
+        used = self.pool.pages_in_use() if data.draw(st.booleans()) else ()
+        shift = data.draw(st.integers(0, num_homes))
+        home_of = {  # with `used`, everything has to move
+            page: 9 if page in used else (page + shift) % (num_homes + (not used))
             for page in open_pages
         }
         homes = [
@@ -1016,6 +1027,6 @@ class TransitionMachine(SchedulerMachine):
 
 
 TransitionMachine.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=50, deadline=None, derandomize=True, database=None
+    max_examples=300, stateful_step_count=50, deadline=None, derandomize=True, database=None
 )
 TestTransitions = TransitionMachine.TestCase
