@@ -1,5 +1,5 @@
 """The command line: `kunserve serve`, `kunserve top`, `kunserve demo`, `kunserve bench engine`,
-`kunserve bench serve`."""
+`kunserve bench serve`, `kunserve bench transition`, `kunserve bench pipeline`."""
 
 from __future__ import annotations
 
@@ -55,6 +55,16 @@ COMMANDS = (
         ("bench", "serve"),
         "kunserve.bench.serve",
         "replay a workload against an OpenAI endpoint",
+    ),
+    Command(
+        ("bench", "transition"),
+        "kunserve.bench.transition",
+        "what a drop and a restore cost on a server of its own",
+    ),
+    Command(
+        ("bench", "pipeline"),
+        "kunserve.bench.pipeline",
+        "throughput of two whole instances against the merged pair",
     ),
 )
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from kunserve.core.ids import Epoch, GroupId, InstanceId
+from kunserve.core.ids import Epoch, GroupId, InstanceId, TransitionId
 from kunserve.core.layout import LayerRange, Part
 from kunserve.core.step import BlockMove, Chunk, StepPlan, StepResult
 from kunserve.core.transition import PeerAddress, PeerMessage
@@ -45,7 +45,7 @@ class RunFirst:
 
 @dataclass(frozen=True)
 class RunStage:
-    """A later stage's moves and layers."""
+    """A later stage's moves and layers. `fence`: see `StageInput`."""
 
     group: GroupId
     epoch: Epoch
@@ -53,6 +53,7 @@ class RunStage:
     chunks: tuple[Chunk, ...]
     moves: tuple[BlockMove, ...]
     payload: Payload
+    fence: TransitionId = TransitionId(-1)
 
 
 @dataclass(frozen=True)

@@ -99,10 +99,12 @@ class GroupReport:
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """An instance lives and makes progress: sent when idle, and while a long step gets on."""
+    """An instance lives and makes progress: sent when idle, and while a long step gets on.
+    `pages`: its physical pages by kind of owner."""
 
     instance: InstanceId
     incarnation: int
+    pages: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -434,6 +434,9 @@ class StageInput:
 
     A step in flight is one credit of every link of the ring: the leader never has more steps in
     flight than stages, so no send can block.
+
+    `fence`: the last transition that fenced the leader at this epoch. A fence cancels all work; if
+    the transition is aborted, who has been through a later one drops what comes late of it.
     """
 
     sender: InstanceId
@@ -443,6 +446,7 @@ class StageInput:
     chunks: tuple[Chunk, ...]
     moves: tuple[BlockMove, ...]
     sent_ns: int = 0
+    fence: TransitionId = TransitionId(-1)
 
 
 @dataclass(frozen=True)

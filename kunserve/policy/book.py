@@ -71,7 +71,8 @@ class InstanceState(Enum):
 
 @dataclass
 class InstanceRecord:
-    """What the controller knows of one instance. `parts`: where they lie, by its last message."""
+    """What the controller knows of one instance. `parts`: where they lie, and `pages` by kind of
+    owner, by its last messages."""
 
     id: InstanceId
     incarnation: int = 0
@@ -80,6 +81,7 @@ class InstanceRecord:
     num_pages: int = 0
     costs: tuple[float, ...] = ()
     parts: dict[Part, tuple[PageRun, ...]] = field(default_factory=dict)
+    pages: dict[str, int] = field(default_factory=dict)
     address: PeerAddress | None = None
     is_draining: bool = False
     last_heard_ns: int = 0

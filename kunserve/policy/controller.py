@@ -331,6 +331,7 @@ class Controller:
         instance = self._instances[event.instance]
         if event.incarnation == instance.incarnation:
             instance.last_heard_ns = now_ns
+            instance.pages = dict(event.pages)
         yield from ()
 
     # ------------------------------------------------------------ instances

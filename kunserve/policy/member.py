@@ -161,8 +161,11 @@ class Member:
         self._prepare: Prepare | None = None
         self._is_compacting = False
         self._is_gathering = False
-        self._fence: Fence | None = None
+        self._fence: Fence | None = None  # that is not answered yet
+        self._fence_passed = TransitionId(-1)
+        self._turning_back: Abort | None = None  # until no old transfer writes any more
         self._is_exchanging = False
+        self._adopted = TransitionId(-1)  # the last one whose exchange began here
         self._is_resetting = False
         self._pending_moves: dict[int, int] = {}
         self._early: list[PagesPulled] = []
@@ -177,6 +180,7 @@ class Member:
         self._has_stepped = False  # since the last report
         self._has_changed = False  # what is leased, since the last report
         self._steps = 0
+        self._times_ns = (0, 0)  # computing, scheduling: since the start of the instance
         self._layers_reported = 0
         self._orders: dict[type, Callable[[Any, int], None]] = {
             FormGroup: self._form_group,
@@ -223,6 +227,7 @@ class Member:
             or self._is_compacting
             or self._is_gathering
             or self._prepare is not None
+            or self._turning_back is not None
             or self._mover.has_quarantine
         )
 
@@ -243,9 +248,13 @@ class Member:
 
     def check(self) -> None:
         """Raise AccountingError if blocks, queues and pages do not add up."""
+        self.check_steps()
+        self._memory.check()
+
+    def check_steps(self) -> None:
+        """`check` without the pages."""
         if self._scheduler is not None:
             self._scheduler.check()
-        self._memory.check()
 
     # ------------------------------------------------------------ messages of the front
 
@@ -304,6 +313,7 @@ class Member:
         """Take a place in a group. Nothing is under way."""
         self._group = group
         self._scheduler = None
+        self._fence_passed = TransitionId(-1)
         self._flights.clear()
         self._ready.clear()
         stage = group.stages[group.instances.index(self._config.instance)]
@@ -333,21 +343,28 @@ class Member:
     # ------------------------------------------------------------ the ring
 
     def take_peer(self, message: PeerMessage, payload: Payload, now_ns: int) -> None:
-        """A message of another instance. What is meant for an epoch that is over is ignored: the
-        leader has planned the work again."""
+        """A message of another instance. What is meant for an epoch that is over, or was cancelled
+        by a fence, is ignored: the leader has planned the work again. A frozen stage keeps the
+        rest for later: its leader may have heard from the front before it."""
         if isinstance(message, PagesPulled):
             self._on_pages_pulled(message, now_ns)
             return
         group = self._group
-        if self._is_frozen or group is None:
-            return
-        if (group.id, group.epoch) != (message.group, message.epoch):
+        if group is None or (group.id, group.epoch) != (message.group, message.epoch):
             return
         if self._is_exchanging:
             self._activation_delays_ns.append(now_ns - message.sent_ns)
         if isinstance(message, StageInput):
+            if message.fence < self._fence_passed:
+                return
             work = RunStage(
-                group.id, group.epoch, message.step, message.chunks, message.moves, payload
+                group=group.id,
+                epoch=group.epoch,
+                step=message.step,
+                chunks=message.chunks,
+                moves=message.moves,
+                payload=payload,
+                fence=message.fence,
             )
             self._ready.append(work)
         elif message.step in self._flights:
@@ -363,16 +380,18 @@ class Member:
         if answer.work is not self._active:
             raise AccountingError("work is done that was not under way")
         self._active = None
-        if self._is_frozen or self._is_resetting:
-            self._use_late(answer, now_ns)
-            self._reply_fenced()
-            self._go_on_resetting()
-            return
-        self._hand_on(answer, now_ns)
+        if not self._is_resetting and not self._is_cancelled(answer.work):
+            if self._fence is not None and self._scheduler is not None:
+                self._use_late(answer, now_ns)
+            else:
+                self._hand_on(answer, now_ns)
+        self._reply_fenced()
+        self._go_on_resetting()
 
     def _use_late(self, answer: Computed, now_ns: int) -> None:
-        """A step that was done before it could be cancelled counts."""
-        if answer.result is not None and not answer.result.cancelled and not self._is_resetting:
+        """A step that was done before it could be cancelled counts; all others are cancelled with
+        the scheduler's freeze."""
+        if answer.result is not None and not answer.result.cancelled:
             self._finish_step(answer, now_ns)
 
     def _hand_on(self, answer: Computed, now_ns: int) -> None:
@@ -386,17 +405,26 @@ class Member:
         following = self._stage_index() + 1
         if isinstance(work, RunFirst):
             plan = work.plan
+            fence = self._fence_passed
             message: PeerMessage = StageInput(
-                config.instance, *name, plan.step, plan.chunks, plan.moves, now_ns
+                config.instance, *name, plan.step, plan.chunks, plan.moves, now_ns, fence
             )
         elif isinstance(work, RunStage) and following < len(group.stages):
-            message = StageInput(config.instance, *name, work.step, work.chunks, work.moves, now_ns)
+            message = StageInput(
+                config.instance, *name, work.step, work.chunks, work.moves, now_ns, work.fence
+            )
         elif isinstance(work, RunStage):
             message = StageOutput(config.instance, *name, work.step, now_ns)
         else:
             raise AccountingError("the head of a step gave no result")
         target = group.instances[following % len(group.stages)]
         self._actions.append(SendPeer(target, message, answer.payload))
+
+    def _is_cancelled(self, work: Work) -> bool:
+        """A fence has cancelled it, and was taken back while it was under way."""
+        if isinstance(work, RunStage):
+            return work.fence < self._fence_passed
+        return self._flights.get(work.plan.step) is not work.plan
 
     def _finish_step(self, answer: Computed, now_ns: int) -> None:
         work, result = answer.work, answer.result
@@ -420,9 +448,10 @@ class Member:
             execute_ns: time that was computed since the start of the instance.
             schedule_ns: and that which this member and its driver took.
         """
+        self._times_ns = (execute_ns, schedule_ns)
         self._plan_steps(now_ns)
         self._step_transition(now_ns)
-        report = self._take_report(execute_ns, schedule_ns)
+        report = self._take_report()
         if report is not None:
             self._actions.append(SendFront(report))
         self._start_work()
@@ -446,7 +475,7 @@ class Member:
 
     # ------------------------------------------------------------ what it says
 
-    def _take_report(self, execute_ns: int, schedule_ns: int) -> GroupReport | None:
+    def _take_report(self) -> GroupReport | None:
         """What the front should hear of the group that this instance leads: after every step,
         before every step with which requests start, and between steps when leases came or went."""
         if self._group is None or self._scheduler is None:
@@ -464,7 +493,7 @@ class Member:
             started=tuple(self._started),
             load=self._scheduler.load(),
             refused=tuple(self._refused),
-            timing=StepTiming(self._steps, execute_ns, schedule_ns),
+            timing=StepTiming(self._steps, *self._times_ns),
         )
         self._outputs.clear()
         self._started.clear()
@@ -482,7 +511,10 @@ class Member:
         is_stuck = self._active is not None and layers_done == self._layers_reported
         self._layers_reported = layers_done
         config = self._config
-        return None if is_stuck else Heartbeat(config.instance, config.incarnation)
+        if is_stuck:
+            return None
+        pages = tuple((kind.value, count) for kind, count in self._memory.counts().items())
+        return Heartbeat(config.instance, config.incarnation, pages)
 
     def _say(self, message: Any) -> None:
         self._actions.append(SendFront(message))
@@ -506,13 +538,12 @@ class Member:
         self._actions.append(Connect(message.peers))
 
     def _on_pages_pulled(self, message: PagesPulled, now_ns: int) -> None:
-        if message.transition > self._transition or (
-            message.transition == self._transition and not self._is_exchanging
-        ):
+        if message.transition > self._adopted:
             self._early.append(message)  # a receiver was faster than the front's order to us
             return
-        if message.transition < self._transition:
+        if message.transition < self._adopted:
             return
+        # Also when nothing is left to do here: a leader counts what others still move.
         self._mover.depart(message)
         if self._scheduler is not None:
             self._count_moves(message, now_ns)
@@ -533,6 +564,7 @@ class Member:
         self._end_prepare()
         self._end_gather()
         self._go_on_resetting()
+        self._end_turning_back()
         own = self._mover.announce()
         if own is not None:
             self._on_pages_pulled(own, now_ns)
@@ -641,9 +673,11 @@ class Member:
             return
         self._transition = message.transition
         self._fence = message
+        self._fence_passed = message.transition
         self._is_frozen = True
-        self._ready.clear()
-        if self._active is not None:
+        kept = [w for w in self._ready if isinstance(w, RunStage) and not self._is_cancelled(w)]
+        self._ready = deque(kept)
+        if self._active is not None and (self._scheduler or self._is_cancelled(self._active)):
             self._actions.append(CancelCompute())
         self._reply_fenced()
 
@@ -658,7 +692,7 @@ class Member:
             requests = self._scheduler.freeze()
             touched = self._scheduler.touched()
             self._has_stepped = True
-            report = self._take_report(0, 0)
+            report = self._take_report()
             if report is not None:
                 self._say(report)
         self._flights.clear()
@@ -671,16 +705,40 @@ class Member:
         )
 
     def _on_abort(self, message: Abort, now_ns: int) -> None:
-        """Back to what was. The leader uses pages that were given up only when all members have
-        mapped them again (`Grow`)."""
-        if message.transition != self._transition or self._group is None or self._is_resetting:
+        """Back to what was, at once for all that needs no pages. A member that had not heard of the
+        transition has nothing to do."""
+        if message.transition < self._transition or self._group is None or self._is_resetting:
             return
-        self._prepare = self._fence = None
+        self._transition = message.transition
+        self._prepare = None
         self._is_compacting = self._is_gathering = False
         self._mover.give_up()
-        stage = self._group.stages[self._stage_index()]
+        self._unfreeze()
+        self._turning_back = message
+        self._end_turning_back()
+
+    def _unfreeze(self) -> None:
+        """Go on at the old epoch. If the fence was not answered yet, it cancels all work now: other
+        stages have dropped theirs."""
+        if self._scheduler is not None:
+            if self._fence is not None:
+                self._scheduler.freeze()
+                self._flights.clear()
+            self._scheduler.turn_back()
+            self._has_changed = True
+        self._fence = None
+        self._is_frozen = False
+
+    def _end_turning_back(self) -> None:
+        """When no old transfer writes any more there is room for all that was given up. The leader
+        uses it when all members have mapped it again (`Grow`)."""
+        message, group = self._turning_back, self._group
+        if message is None or group is None or self._mover.has_quarantine:
+            return
+        self._turning_back = None
+        stage, parts = group.stages[self._stage_index()], self._stage_parts(group)
         for part in self._memory.held_parts:
-            if part not in self._stage_parts(self._group):
+            if part not in parts:
                 self._memory.release_part(part)
         wanted = set(pages_of(message.restore_pages))
         for layer in range(self._config.num_layers):
@@ -689,9 +747,6 @@ class Member:
                 self._memory.unmap_kv(layer, runs_of(mapped))
             elif wanted - mapped:
                 self._memory.map_kv(layer, runs_of(wanted - mapped))
-        self._is_frozen = False
-        if self._scheduler is not None:
-            self._scheduler.turn_back()
         self._answer(Aborted, message.transition)
 
     # ------------------------------------------------------------ after COMMIT
@@ -754,6 +809,7 @@ class Member:
             self._has_changed = True
         self._is_frozen = False
         self._is_exchanging = True
+        self._adopted = message.transition
         self._activation_delays_ns.clear()
         self._progress_said = (-1, None)
         self._mover.exchange(message.transition, group.leader, message.moves)
@@ -764,7 +820,8 @@ class Member:
 
     def _say_progress(self, now_ns: int) -> None:
         mover = self._mover
-        is_complete = not mover.is_moving
+        # The leader also counts what others have pulled: then the end is the end for all requests.
+        is_complete = not mover.is_moving and not self._pending_moves
         said = (mover.pulled_moves, mover.waits_for)
         is_due = now_ns - self._progress_ns >= PROGRESS_INTERVAL_NS
         if not is_complete and (said == self._progress_said or not is_due):
@@ -815,6 +872,7 @@ class Member:
         if message.incarnation != self._config.incarnation:
             return
         self._is_resetting = True
+        self._turning_back = None
         self._group = self._scheduler = None
         self._is_frozen = True
         self._fence = self._prepare = None

@@ -227,10 +227,10 @@ class _Draft:
         self._cost_model = cost_model
         self._least_tokens = config.block_size
         self._left_tokens = config.max_num_batched_tokens
-        # A step takes gamma_ns however small its chunks: below twice that, a shorter step would
+        # A step takes fixed_ns however small its chunks: below twice that, a shorter step would
         # mostly read weights again and prefill would starve.
-        target_ns = max(config.step_time_target_ns, 2.0 * cost_model.gamma_ns)
-        self._left_ns = target_ns - cost_model.gamma_ns
+        target_ns = max(config.step_time_target_ns, 2.0 * cost_model.fixed_ns)
+        self._left_ns = target_ns - cost_model.fixed_ns
 
     @property
     def is_empty(self) -> bool:

@@ -49,7 +49,7 @@ from kunserve.core.events import (
 )
 from kunserve.core.ids import InstanceId, RequestId
 from kunserve.core.request import Request
-from kunserve.core.transition import TransitionOrder, TransitionReport
+from kunserve.core.transition import Fenced, TransitionOrder, TransitionReport
 from kunserve.policy.book import ControllerConfig
 from kunserve.policy.controller import Controller
 from kunserve.policy.scheduler import SchedulerConfig
@@ -327,6 +327,8 @@ class Cluster:
                 self._served = True
                 self._all_ready.set()
         elif isinstance(message, _REPORTS):
+            if isinstance(message, Fenced):
+                self._publish()  # the last counts of a scheduler that may end now
             self._handle(message)
         else:
             raise CodecError(f"the front does not take {type(message).__name__}")

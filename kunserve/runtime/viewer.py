@@ -102,15 +102,8 @@ class Viewer:
             heartbeat_age_s=(now_ns - record.last_heard_ns) / 1e9,
             load=group.load if group is not None and leads else None,
             timing=group.timing if group is not None and leads else StepTiming(),
-            pages=self._pages(record),
+            pages=record.pages,
         )
-
-    def _pages(self, record: InstanceRecord) -> dict[str, int]:
-        """Physical pages by what they are for, as the layout has it."""
-        if not record.num_pages:
-            return {}
-        parts = sum(self._part_pages.get(part, 0) for part in record.parts)
-        return {"part": parts, "kv": record.num_pages - parts}
 
     def _dropped_pages(self) -> int:
         """Pages of parts that whole instances would hold, and the members of groups do not."""

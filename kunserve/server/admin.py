@@ -170,6 +170,18 @@ def _transition_json(record: TransitionRecord) -> dict[str, Any]:
         "outcome": record.outcome,
         "reason": record.reason,
         "text": describe(record),
+        "figures": {
+            "phases_ns": {phase.name: phase.elapsed_ns for phase in record.phases},
+            "freed_bytes": record.freed_bytes,
+            "gained_bytes": record.gained_bytes,
+            "exchanged_bytes": record.exchanged_bytes,
+            "gathered_bytes": record.gathered_bytes,
+            "remap_ns": record.remap_ns,
+            "requests": record.requests,
+            "stalled_ns": [elapsed_ns for _, elapsed_ns in record.stalled],
+            "activations": record.activations,
+            "activation_p99_ns": record.activation_p99_ns,
+        },
     }
 
 

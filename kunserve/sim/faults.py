@@ -54,25 +54,66 @@ class SlowSteps:
     factor: int
 
 
-Fault = Crash | LastWords | Freeze | StuckStep | SlowSteps
+@dataclass(frozen=True)
+class SlowPulls:
+    """Transfers into the instance that begin in this time last `factor` times as long."""
+
+    at_ns: int
+    instance: InstanceId
+    duration_ns: int
+    factor: int
+
+
+@dataclass(frozen=True)
+class HangingPulls:
+    """Transfers into the instance stand still, whatever anybody does. FOREVER_NS: until one of the
+    two processes ends."""
+
+    at_ns: int
+    instance: InstanceId
+    duration_ns: int
+
+
+@dataclass(frozen=True)
+class FailingPulls:
+    """Transfers into the instance that begin in this time end with an error and some bytes written;
+    all processes live."""
+
+    at_ns: int
+    instance: InstanceId
+    duration_ns: int
+
+
+Fault = (
+    Crash | LastWords | Freeze | StuckStep | SlowSteps | SlowPulls | HangingPulls | FailingPulls
+)
 
 
 def end_ns(fault: Fault) -> int:
     """When a fault is over by itself. What lasts for ever is over when it has begun: the
     controller must end it."""
-    if isinstance(fault, SlowSteps):
+    if isinstance(fault, SlowSteps | SlowPulls | FailingPulls):
         return fault.at_ns + fault.duration_ns
-    if isinstance(fault, Freeze) and fault.duration_ns < FOREVER_NS:
+    if isinstance(fault, Freeze | HangingPulls) and fault.duration_ns < FOREVER_NS:
         return fault.at_ns + fault.duration_ns
     return fault.at_ns
 
 
 def draw_faults(
-    rng: Random, count: int, num_instances: int, horizon_ns: int, heartbeat_timeout_ns: int
+    rng: Random,
+    count: int,
+    num_instances: int,
+    horizon_ns: int,
+    heartbeat_timeout_ns: int,
+    *,
+    links: bool = False,
 ) -> tuple[Fault, ...]:
-    """`count` faults at random moments of [0, horizon_ns], in order of time."""
+    """`count` faults at random moments of [0, horizon_ns], in order of time; with `links` also of
+    transfers."""
     faults = [
-        _draw_fault(rng, rng.randint(0, horizon_ns), num_instances, heartbeat_timeout_ns)
+        _draw_link_fault(rng, rng.randint(0, horizon_ns), num_instances)
+        if links and rng.random() < 0.4
+        else _draw_fault(rng, rng.randint(0, horizon_ns), num_instances, heartbeat_timeout_ns)
         for _ in range(count)
     ]
     return tuple(sorted(faults, key=lambda fault: fault.at_ns))
@@ -94,3 +135,16 @@ def _draw_fault(rng: Random, at_ns: int, num_instances: int, heartbeat_timeout_n
         return StuckStep(at_ns, instance)
     duration_ns = rng.randint(SECOND_NS, 5 * SECOND_NS)
     return SlowSteps(at_ns, instance, duration_ns, rng.choice((3, 20, 100)))
+
+
+def _draw_link_fault(rng: Random, at_ns: int, num_instances: int) -> Fault:
+    instance = InstanceId(rng.randrange(num_instances))
+    kind = rng.random()
+    if kind < 0.35:
+        duration_ns = rng.randint(100 * MILLISECOND_NS, 3 * SECOND_NS)
+        return SlowPulls(at_ns, instance, duration_ns, rng.choice((3, 20, 300)))
+    if kind < 0.6:
+        return FailingPulls(at_ns, instance, rng.randint(10 * MILLISECOND_NS, 2 * SECOND_NS))
+    is_endless = kind < 0.7
+    duration_ns = FOREVER_NS if is_endless else rng.randint(100 * MILLISECOND_NS, 6 * SECOND_NS)
+    return HangingPulls(at_ns, instance, duration_ns)

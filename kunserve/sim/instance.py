@@ -1,62 +1,167 @@
-"""An instance process in virtual time: the production member, a toy executor.
+"""An instance process in virtual time: the production member, memory book and mover on toy leaves.
 
-It drives `kunserve.policy.member` as `kunserve.runtime.instance` does. Only leaves differ: a step's
-result is there after the time that the cost model gives it, and messages go through a delaying
-link.
+It drives `kunserve.policy.member` as `kunserve.runtime.instance` does. Only leaves differ: work is
+done after the time that the cost model gives it, pulls after a random one, and messages go through
+delaying links.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
 from functools import partial
+from random import Random
+from typing import Any, Protocol
 
+from kunserve.core.actions import (
+    CancelCompute,
+    CancelPulls,
+    CheckPart,
+    Compute,
+    Computed,
+    Configure,
+    Connect,
+    LoadPart,
+    Pull,
+    RunFirst,
+    RunHead,
+    SendFront,
+    SendPeer,
+    Work,
+)
 from kunserve.core.errors import AccountingError
-from kunserve.core.events import FormGroup, GroupReport, Heartbeat, InstanceReady
-from kunserve.core.ids import Epoch, InstanceId, RequestId, SlotId
-from kunserve.core.step import StepPlan, StepResult
-from kunserve.policy.blocks import BlockPool
+from kunserve.core.events import GroupReport, Heartbeat, InstanceReady
+from kunserve.core.ids import InstanceId, RequestId, SlotId
+from kunserve.core.layout import Group, Part, PartKind
+from kunserve.core.memory import pages_of
+from kunserve.core.step import StepResult
+from kunserve.core.transition import PeerAddress, PeerMessage, TransitionReport
 from kunserve.policy.cost_model import ChunkShape, CostModel
-from kunserve.policy.member import Member, MemberMessage
-from kunserve.policy.scheduler import Scheduler, SchedulerConfig
-from kunserve.sim.timeline import FOREVER_NS, MICROSECOND_NS, MILLISECOND_NS, Timeline
-from kunserve.sim.toy_model import ProcessKilledError, ToyExecutor
+from kunserve.policy.member import Member, MemberConfig, MemberMessage
+from kunserve.policy.memory import MemoryBook
+from kunserve.policy.pages import MAX_SLOTS, MemoryPlan, PageGeometry, SlotMap
+from kunserve.policy.scheduler import SchedulerConfig
+from kunserve.sim.memory import PhysicalPages, TableMapper
+from kunserve.sim.pump import Pump, PullAnswer
+from kunserve.sim.timeline import FOREVER_NS, MICROSECOND_NS, MILLISECOND_NS, SpanNs, Timeline
+from kunserve.sim.toy_model import HEAD, ProcessKilledError, ToyExecutor
 
 HEARTBEAT_INTERVAL_NS = 500 * MILLISECOND_NS
 WAKE_NS = 20 * MICROSECOND_NS
 """From a message's arrival to the control thread's turn: what comes meanwhile shares the turn."""
+BLOCK_BYTES = 64
 
 DownMessage = MemberMessage
-UpMessage = InstanceReady | GroupReport | Heartbeat
+UpMessage = InstanceReady | GroupReport | Heartbeat | TransitionReport
 
 
 @dataclass(frozen=True)
 class SimInstanceConfig:
-    """What every instance of a world has. `total_blocks` of its own slot are backed."""
+    """What every instance of a world has.
+
+    `kv_pages`: of its own slot, in each layer of a whole instance. `head_pages` 0: the embedding is
+    the head. `spare_pages` belong to nobody. `digests`: what an exchange moves is compared.
+    """
 
     scheduler: SchedulerConfig
     cost_model: CostModel
     num_layers: int
-    total_blocks: int
+    kv_pages: int
     blocks_per_page: int
+    layer_pages: int = 2
+    embedding_pages: int = 3
+    head_pages: int = 0
+    spare_pages: int = 0
+    window_pages: int | None = 64
+    digests: bool = False
+
+    @property
+    def total_blocks(self) -> int:
+        """KV blocks of a whole instance."""
+        return self.kv_pages * self.blocks_per_page
+
+    @property
+    def part_pages(self) -> dict[Part, int]:
+        """Pages of every part of the model, in its order."""
+        pages = {Part(PartKind.EMBEDDING): self.embedding_pages}
+        pages |= {Part(PartKind.LAYER, i): self.layer_pages for i in range(self.num_layers)}
+        return pages | ({HEAD: self.head_pages} if self.head_pages else {})
+
+    @property
+    def memory_plan(self) -> MemoryPlan:
+        """The split of a whole instance's memory."""
+        parts = self.part_pages
+        kv_pages = self.num_layers * self.kv_pages
+        return MemoryPlan(
+            geometry=PageGeometry(self.blocks_per_page * BLOCK_BYTES, BLOCK_BYTES),
+            num_layers=self.num_layers,
+            num_pages=sum(parts.values()) + kv_pages + self.spare_pages,
+            part_pages=parts,
+            held=tuple(parts),
+            kv_pages_per_layer=self.kv_pages,
+        )
+
+    def slots(self, num_instances: int) -> SlotMap:
+        """Names of blocks in a cluster of so many."""
+        plan = self.memory_plan
+        return SlotMap.for_domain(
+            plan.geometry,
+            num_slots=min(MAX_SLOTS, num_instances),
+            num_layers=self.num_layers,
+            member_pages=plan.num_pages,
+        )
 
 
 @dataclass(frozen=True)
-class _Flight:
-    """A step being computed: its result, which is there at `end_ns`."""
+class Spans:
+    """How long transfers and reads of parts take."""
 
-    plan: StepPlan
-    result: StepResult
+    pull: SpanNs
+    part: SpanNs
+
+
+class Network(Protocol):
+    """What a process has of the world around it."""
+
+    def send_front(self, message: UpMessage) -> None:
+        """Post a message to the front."""
+        ...
+
+    def send_peer(self, target: PeerAddress, message: PeerMessage, payload: Any) -> None:
+        """Post a message to another process; lost when that is gone."""
+        ...
+
+    def memory_of(self, peer: PeerAddress) -> PhysicalPages | None:
+        """A living process's pages."""
+        ...
+
+    def end(self) -> None:
+        """End this process, as a crash does."""
+        ...
+
+
+@dataclass
+class _Flight:
+    """Work under way: it ends at `end_ns` when `layers` layers are done."""
+
+    work: Work
     begin_ns: int
-    end_ns: int
+    layer_ns: int
+    layers: int
+    num_layers: int
+
+    @property
+    def end_ns(self) -> int:
+        return self.begin_ns + self.layers * self.layer_ns
 
 
 class SimInstance:
     """One incarnation of an instance, from its start to its end.
 
     Args:
-        send: posts a message to the front.
-        end: ends this process, as a crash does.
+        num_instances: of the cluster: they are one partner domain.
+        cost_factor: its steps last so many times what the cost model says.
         load_ns: how long it loads.
     """
 
@@ -66,8 +171,11 @@ class SimInstance:
         incarnation: int,
         config: SimInstanceConfig,
         timeline: Timeline,
-        send: Callable[[UpMessage], None],
-        end: Callable[[], None],
+        rng: Random,
+        network: Network,
+        spans: Spans,
+        num_instances: int,
+        cost_factor: float,
         load_ns: int,
     ) -> None:
         self.instance = instance
@@ -78,12 +186,18 @@ class SimInstance:
         """The request that ended this process."""
         self._config = config
         self._timeline = timeline
-        self._post = send
-        self._end = end
-        self._pool: BlockPool | None = None
-        self._member = Member(instance, incarnation, self._make_scheduler)
-        self._executor = ToyExecutor(config.scheduler.block_size)
+        self._rng = rng
+        self._network = network
+        self._spans = spans
+        self._cost_model = CostModel(*(value * cost_factor for value in astuple(config.cost_model)))
+        self._build(num_instances)
         self._inbox: list[DownMessage] = []
+        self._peer_inbox: list[tuple[PeerMessage, Any]] = []
+        self._computed: list[Computed] = []
+        self._pulled: list[PullAnswer] = []
+        self._parts_ready: list[PullAnswer] = []
+        self._parts_under_way = 0
+        self._peers: dict[InstanceId, PeerAddress] = {}
         self._flight: _Flight | None = None
         self._is_woken = False
         self._execute_ns = 0
@@ -95,6 +209,40 @@ class SimInstance:
         self._messages_left: int | None = None
         timeline.after(load_ns, partial(self._when_running, self._loaded))
 
+    def _build(self, num_instances: int) -> None:
+        config, plan = self._config, self._config.memory_plan
+        size = config.scheduler.block_size
+        self.pages = PhysicalPages(plan.num_pages, config.blocks_per_page, size)
+        self._mapper = TableMapper(self.pages, config.num_layers)
+        slot = SlotId(int(self.instance))
+        slots = config.slots(num_instances)
+        self.memory = MemoryBook(plan, slots, slot, self._mapper, poison=True)
+        for part, pages in self._mapper.parts.items():
+            self.pages.load(pages, part)
+        self._checked_version = -1
+        self._executor = ToyExecutor(self._mapper, config.num_layers, bool(config.head_pages))
+        self.member = Member(
+            MemberConfig(
+                instance=self.instance,
+                incarnation=self.incarnation,
+                num_layers=config.num_layers,
+                scheduler=config.scheduler,
+                window_pages=config.window_pages,
+            ),
+            self._cost_model,
+            self.memory,
+            self._ready,
+            self._digest if config.digests else None,
+        )
+        self._pump = Pump(
+            self._timeline,
+            self._rng,
+            self.pages,
+            self._pages_of_peer,
+            self._take_pulled,
+            self._spans.pull,
+        )
+
     # ------------------------------------------------------------ what the world does to it
 
     def take(self, message: DownMessage) -> None:
@@ -103,12 +251,24 @@ class SimInstance:
             self._inbox.append(message)
             self._wake()
 
+    def take_peer(self, delivery: tuple[PeerMessage, Any]) -> None:
+        """A message of another instance arrives."""
+        if self.is_alive:
+            self._peer_inbox.append(delivery)
+            self._wake()
+
     def kill(self) -> None:
         """The process ends at once."""
         self.is_alive = False
+        self._pump.close()
+
+    def peer_died(self, instance: InstanceId) -> None:
+        """Another process ended."""
+        if self.is_alive:
+            self._pump.peer_died(instance)
 
     def freeze(self, duration_ns: int) -> None:
-        """Nothing of the process runs for a while."""
+        """Nothing of the process runs for a while; only its transfers go on."""
         until_ns = min(FOREVER_NS, self._timeline.now_ns + duration_ns)
         self._frozen_until_ns = max(self._frozen_until_ns, until_ns)
 
@@ -125,33 +285,48 @@ class SimInstance:
         """The process ends by itself right after it has sent so many more messages."""
         self._messages_left = messages
 
+    @property
+    def pump(self) -> Pump:
+        """Its transfers, for faults."""
+        return self._pump
+
     # ------------------------------------------------------------ what the world sees
 
     @property
-    def group(self) -> FormGroup | None:
-        """The group it was told to lead."""
-        return self._member.group
+    def group(self) -> Group | None:
+        """The group it works in."""
+        return self.member.group
 
     @property
     def preemptions(self) -> int:
         """Preemptions of its scheduler so far."""
-        return self._member.preemptions
+        return self.member.preemptions
 
     def is_idle(self) -> bool:
         """No message is unread, no request leased, no step under way, no end foreseen."""
         has_end = self._messages_left is not None
-        return not (self._inbox or self._member.has_work() or has_end)
+        has_mail = self._inbox or self._peer_inbox
+        return not (has_mail or self.member.has_work() or has_end or self.member.is_changing)
 
     def hung_until_ns(self) -> int:
         """Until when it makes no progress: 0 for one that never stood still."""
         is_stuck = self._stuck_since_ns < FOREVER_NS and self._flight is not None
         return FOREVER_NS if is_stuck else self._frozen_until_ns
 
+    def troubled_until_ns(self) -> int:
+        """Until when something keeps it from answering or moving pages in time."""
+        if self._stuck_since_ns < FOREVER_NS:
+            return FOREVER_NS
+        return max(self._frozen_until_ns, self._slow_until_ns, self._pump.troubled_until_ns())
+
     def check(self) -> None:
-        """Raise AccountingError unless blocks and queues add up, and idle means empty."""
-        self._member.check()
-        held = self._pool.referenced_blocks if self._pool is not None else 0
-        if held and not self._member.has_work():
+        """Raise AccountingError unless pages, blocks and queues add up, and idle means empty."""
+        self.member.check_steps()
+        if self._checked_version != self._mapper.version:
+            self._checked_version = self._mapper.version
+            self.memory.check()
+        held = self.member.referenced_blocks
+        if held and not self.member.has_work():
             raise AccountingError(f"instance {self.instance} is idle and holds {held} blocks")
 
     # ------------------------------------------------------------ turns
@@ -170,91 +345,200 @@ class SimInstance:
             self._is_woken = True
             self._timeline.after(WAKE_NS, partial(self._when_running, self._turn))
 
+    def _ready(self) -> InstanceReady:
+        return InstanceReady(
+            instance=self.instance,
+            incarnation=self.incarnation,
+            total_blocks=self._config.total_blocks,
+            num_pages=self._config.memory_plan.num_pages,
+            parts=self.memory.part_runs(),
+            costs=astuple(self._cost_model),
+            address=PeerAddress(self.instance, self.incarnation, "", "", b""),
+        )
+
     def _loaded(self) -> None:
         self.is_loading = False
-        self._send(InstanceReady(self.instance, self.incarnation, self._config.total_blocks))
+        self._send(self._ready())
         self._beat()
 
     def _beat(self) -> None:
         """A turn, and a heartbeat unless the step under way stands still."""
         self._turn()
-        heartbeat = self._member.heartbeat(self._layers_now())
+        heartbeat = self.member.heartbeat(self._layers_now())
         if heartbeat is not None:
             self._send(heartbeat)
         self._timeline.after(HEARTBEAT_INTERVAL_NS, partial(self._when_running, self._beat))
 
     def _turn(self) -> None:
         self._is_woken = False
+        member, now_ns = self.member, self._timeline.now_ns
         messages, self._inbox = self._inbox, []
         for message in messages:
-            self._member.take(message)
-        self._finish_step()
-        self._start_step()
-        self.check()
+            member.take(message, now_ns)
+        deliveries, self._peer_inbox = self._peer_inbox, []
+        for peer_message, payload in deliveries:
+            member.take_peer(peer_message, payload, now_ns)
+        computed, self._computed = self._computed, []
+        for answer in computed:
+            member.computed(answer, now_ns)
+        parts, self._parts_ready = self._parts_ready, []
+        for transfer, error in parts:
+            member.part_ready(transfer, error)
+        pulled, self._pulled = self._pulled, []
+        for transfer, error in pulled:
+            member.pulled(transfer, error)
+        for action in member.turn(now_ns, self._execute_ns):
+            if self.is_alive:
+                self._perform(action)
+        if self.is_alive:
+            self.check()
 
     def _send(self, message: UpMessage) -> None:
         """Say something, unless the last words are said."""
         if not self.is_alive:
             return
-        self._post(message)
+        self._network.send_front(message)
         if self._messages_left is not None:
             self._messages_left -= 1
             if self._messages_left == 0:
-                self._end()
+                self._network.end()
 
-    # ------------------------------------------------------------ steps
+    def _perform(self, action: Any) -> None:
+        if isinstance(action, SendFront):
+            self._send(action.message)
+        elif isinstance(action, SendPeer):
+            address = self._peers.get(action.target)
+            if address is not None:
+                self._network.send_peer(address, action.message, action.payload)
+        elif isinstance(action, Compute):
+            self._compute(action.work)
+        elif isinstance(action, CancelCompute):
+            self._cancel()
+        elif isinstance(action, Configure):
+            self._configure(action)
+        elif isinstance(action, Pull):
+            self._pump.pull(action)
+        elif isinstance(action, CancelPulls):
+            self._pump.cancel()
+        elif isinstance(action, LoadPart | CheckPart):
+            self._work_on_part(action)
+        elif isinstance(action, Connect):
+            self._peers = {peer.instance: peer for peer in action.peers}
+        else:
+            raise AccountingError(f"no instance can do {action}")
 
-    def _make_scheduler(self, epoch: Epoch) -> Scheduler:
-        config, slot = self._config, SlotId(int(self.instance))
-        pages = -(-config.total_blocks // config.blocks_per_page)
-        self._pool = BlockPool(
-            pages * config.blocks_per_page, config.blocks_per_page, {slot: config.total_blocks}
-        )
-        return Scheduler(config.scheduler, self._pool, config.cost_model, epoch)
+    # ------------------------------------------------------------ computing
 
-    def _start_step(self) -> None:
-        """Report, then compute: the step may end the process."""
-        plan = self._member.next_plan(self._timeline.now_ns)
-        report = self._member.take_report(self._execute_ns)
-        if report is not None:
-            self._send(report)
-        if plan is not None and self.is_alive:
-            self._compute(plan)
+    def _configure(self, action: Configure) -> None:
+        if self._flight is not None:
+            raise AccountingError("layers are changed while some are computed")
+        self._executor.layers = action.layers
 
-    def _compute(self, plan: StepPlan) -> None:
-        begin_ns = self._timeline.now_ns
-        end_ns = begin_ns + self._step_ns(plan)
+    def _compute(self, work: Work) -> None:
+        if self._flight is not None or self._computed:
+            raise AccountingError("work is given while other work is under way")
         try:
-            self._flight = _Flight(plan, self._executor.execute(plan), begin_ns, end_ns)
+            self._executor.check_killers(work)
         except ProcessKilledError as error:
             # At once: what it has just said may be lost with it.
             self.killed_by = error.request_id
-            self._end()
+            self._network.end()
             return
-        self._timeline.at(end_ns, partial(self._when_running, self._wake))
+        layers = 1 if isinstance(work, RunHead) else len(self._executor.layers)
+        layer_ns = max(1, self._work_ns(work) // layers)
+        flight = self._flight = _Flight(work, self._timeline.now_ns, layer_ns, layers, layers)
+        self._timeline.at(flight.end_ns, partial(self._when_running, partial(self._end, flight)))
 
-    def _step_ns(self, plan: StepPlan) -> int:
-        shapes = [ChunkShape(c.context_len, len(c.token_ids), c.samples) for c in plan.chunks]
+    def _work_ns(self, work: Work) -> int:
+        chunks = work.plan.chunks if isinstance(work, RunFirst | RunHead) else work.chunks
+        shapes = [ChunkShape(c.context_len, len(c.token_ids), c.samples) for c in chunks]
+        cost, num_layers = self._cost_model, self._config.num_layers
+        whole_ns = cost.step_ns(shapes)
+        head_ns = whole_ns - cost.for_stage(num_layers, num_layers, False).step_ns(shapes)
         factor = self._slow_factor if self._timeline.now_ns < self._slow_until_ns else 1
-        return max(1, round(self._config.cost_model.step_ns(shapes))) * factor
+        if isinstance(work, RunHead):
+            elapsed_ns = head_ns
+        else:
+            elapsed_ns = (whole_ns - head_ns) * len(self._executor.layers) / num_layers
+            elapsed_ns += head_ns if self._executor.is_whole else 0
+        return max(1, round(elapsed_ns)) * factor
 
-    def _finish_step(self) -> None:
+    def _cancel(self) -> None:
+        """The work ends when the layer under way is done."""
         flight = self._flight
-        if flight is None:
+        if flight is None or isinstance(flight.work, RunHead):
             return
-        if self._timeline.now_ns < flight.end_ns or self._stuck_since_ns <= flight.end_ns:
+        done = -(-(self._timeline.now_ns - flight.begin_ns) // flight.layer_ns)
+        if done < flight.layers:
+            flight.layers = done
+            end_ns = max(flight.end_ns, self._timeline.now_ns)
+            self._timeline.at(end_ns, partial(self._when_running, partial(self._end, flight)))
+
+    def _end(self, flight: _Flight) -> None:
+        if self._flight is not flight or self._stuck_since_ns <= flight.end_ns:
             return
-        self._member.finish_step(flight.result, self._timeline.now_ns)
         self._flight = None
-        self._layers_done += self._config.num_layers
+        result, payload = self._executor.run(flight.work, flight.layers)
+        if flight.layers < flight.num_layers and isinstance(flight.work, RunFirst):
+            plan = flight.work.plan
+            result = StepResult(plan.epoch, plan.step, (), cancelled=True)
+        self._computed.append(Computed(flight.work, result, payload))
+        self._layers_done += flight.num_layers
         self._execute_ns += flight.end_ns - flight.begin_ns
+        self._wake()
 
     def _layers_now(self) -> int:
-        """Layers computed since the start, those of the step under way included."""
+        """Layers computed since the start, those of the work under way included."""
         flight = self._flight
         if flight is None:
             return self._layers_done
         at_ns = min(self._timeline.now_ns, self._stuck_since_ns, flight.end_ns)
-        elapsed_ns = max(0, at_ns - flight.begin_ns)
-        layers = elapsed_ns * self._config.num_layers // (flight.end_ns - flight.begin_ns)
-        return self._layers_done + layers
+        return self._layers_done + max(0, at_ns - flight.begin_ns) // flight.layer_ns
+
+    # ------------------------------------------------------------ transfers
+
+    def _pages_of_peer(self, peer: InstanceId) -> PhysicalPages | None:
+        address = self._peers.get(peer)
+        return self._network.memory_of(address) if address is not None else None
+
+    def _take_pulled(self, answer: PullAnswer) -> None:
+        self._pulled.append(answer)
+        self._wake()
+
+    def _work_on_part(self, order: LoadPart | CheckPart) -> None:
+        """Read it from the file, or compare it: its slab must stay mapped until that is done."""
+        duration_ns = self._spans.part.draw(self._rng)
+
+        def end() -> None:
+            pages = self._mapper.parts.get(order.part)
+            if pages is None:
+                raise AccountingError(f"{order.part} is read into a hole")
+            error = None
+            if isinstance(order, LoadPart):
+                self.pages.load(pages, order.part)
+            elif not self.pages.has_part(pages, order.part):
+                error = "its checksum is wrong"
+            self._parts_under_way -= 1
+            self._parts_ready.append((order.transfer, error))
+            self._wake()
+
+        self._parts_under_way += 1
+        self._timeline.after(duration_ns, partial(self._when_running, end))
+
+    def _digest(self, places: Sequence[tuple[int, int, int]]) -> str:
+        """Hash of blocks of physical pages."""
+        digest = hashlib.sha256()
+        for page, first, count in places:
+            start = self.pages.cell_at(page, first)
+            stop = start + count * self.pages.block_size
+            digest.update(self.pages.cells[start:stop].tobytes())
+        return digest.hexdigest()
+
+    def held_parts(self) -> frozenset[Part]:
+        """Parts whose weights are all there."""
+        parts = self._mapper.parts
+        return frozenset(part for part, pages in parts.items() if self.pages.has_part(pages, part))
+
+    def mapped_pages(self, layer: int) -> frozenset[int]:
+        """Range pages that are backed in a layer."""
+        return frozenset(pages_of(self.memory.kv_runs(layer)))

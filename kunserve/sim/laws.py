@@ -3,10 +3,14 @@
 Safety, after every event:
 
     tokens      each request's stream is its reference stream, every token once and in order
-    leases      a request is leased to one living group at a time, with exactly the tokens delivered
+    leases      a request is leased to one living group at a time, with exactly the tokens delivered;
+                from COMMIT to its Adopt it is on its way to one group
     refusals    each has a reason that is true when it is given, and no request ends otherwise
     deaths      no request ends more instances than a request may before it is given up
-    groups      (group, epoch) is never reused
+    groups      (group, epoch) is never reused, epochs grow, stages cover every layer exactly once
+    orders      only members of a transition hear of it; they are fenced, then all remapped; an
+                instance is in one transition at a time
+    wishes      each is answered once: granted when the layout is as wished, or refused with a reason
     kills       nothing that makes progress is killed
     drain       complete exactly when nothing is left
 
@@ -20,17 +24,24 @@ from enum import Enum
 
 from kunserve.core.errors import KunserveError
 from kunserve.core.events import (
+    AnswerWish,
     Command,
     DeliverTokens,
     DrainComplete,
     FormGroup,
+    InstanceDrainWished,
+    LayoutWished,
     LeaseRequest,
+    LogTransition,
     RefusalKind,
     RefuseRequest,
     RevokeLease,
+    WishKind,
 )
-from kunserve.core.ids import Epoch, GroupId, InstanceId, RequestId
+from kunserve.core.ids import Epoch, GroupId, InstanceId, RequestId, TransitionId
+from kunserve.core.layout import Group, Layout, whole_instance
 from kunserve.core.request import Request, TokenOutput
+from kunserve.core.transition import Adopt, Fence, Remap, Reset
 from kunserve.sim.toy_model import KILLER_TOKEN_ID, POISON_TOKEN_ID, reference_outputs
 
 
@@ -51,11 +62,17 @@ class StreamState(Enum):
 class FrontFacts:
     """What is true of the world at a moment, for judging refusals.
 
-    `has_given_up`: no process is left, and each was lost more often than it is restarted.
+    `has_given_up`: no process is left, and each was lost more often than it is restarted. `layout`:
+    what the controller says it is; `draining_instances` are to leave it.
     """
 
     draining: bool
     has_given_up: bool
+    layout: Layout | None = None
+    draining_instances: frozenset[InstanceId] = frozenset()
+
+
+GroupName = tuple[GroupId, Epoch]
 
 
 @dataclass
@@ -69,7 +86,8 @@ class Stream:
     refusal: RefusalKind | None = None
     delivered: int = 0
     has_started: bool = False
-    leased_to: InstanceId | None = None
+    leased_to: GroupName | None = None
+    on_its_way: TransitionId | None = None
     leases: int = 0
     losses: int = 0
     deaths: int = 0
@@ -88,6 +106,7 @@ class Laws:
         max_num_queued_reqs: bound of the requests that wait for their first step.
         eos_token_ids: tokens that end a stream.
         max_losses: instances that may be lost under a request before it is given up.
+        num_layers: of the model.
     """
 
     def __init__(
@@ -96,13 +115,23 @@ class Laws:
         max_num_queued_reqs: int,
         eos_token_ids: tuple[int, ...],
         max_losses: int,
+        num_layers: int = 4,
     ) -> None:
+        self._num_layers = num_layers
         self._max_losses = max_losses
         self._max_request_tokens = max_request_tokens
         self._max_num_queued_reqs = max_num_queued_reqs
         self._eos_token_ids = eos_token_ids
         self._streams: dict[RequestId, Stream] = {}
-        self._formed: set[GroupId | tuple[GroupId, Epoch]] = set()
+        self._living: dict[InstanceId, Group] = {}
+        self._names: set[GroupName] = set()
+        self._made_by: dict[GroupName, TransitionId] = {}
+        self._fenced: dict[TransitionId, set[InstanceId]] = {}
+        self._wishes: dict[int, LayoutWished | InstanceDrainWished] = {}
+        self._answered: set[int] = set()
+        self.commits = 0
+        self.granted = 0
+        self.outcomes: list[str] = []
 
     # ------------------------------------------------------------ what went in
 
@@ -111,7 +140,9 @@ class Laws:
         needed = len(request.prompt_token_ids) + request.params.max_tokens
         fits = needed <= self._max_request_tokens
         has_tokens = fits and not {POISON_TOKEN_ID, KILLER_TOKEN_ID} & {*request.prompt_token_ids}
-        expected = reference_outputs(request, self._eos_token_ids) if has_tokens else ()
+        expected: tuple[TokenOutput, ...] = ()
+        if has_tokens:
+            expected = reference_outputs(request, self._eos_token_ids, self._num_layers)
         self._streams[request.id] = Stream(request, expected, fits)
 
     def aborted(self, request_id: RequestId) -> None:
@@ -126,11 +157,26 @@ class Laws:
             self._streams[request_id].has_started = True
 
     def instance_lost(self, instance: InstanceId) -> None:
-        """The front was told that a process is gone, and its leases with it."""
+        """The front was told that a process is gone, and its group with it."""
+        self._break_group(instance)
+
+    def _break_group(self, instance: InstanceId) -> None:
+        group = self._living.get(instance)
+        if group is None:
+            return
+        for member in group.instances:
+            del self._living[member]
+        name = (group.id, group.epoch)
+        made_by = self._made_by.get(name)
         for stream in self._streams.values():
-            if stream.leased_to == instance:
-                stream.leased_to = None
+            is_on_its_way = stream.on_its_way is not None and stream.on_its_way == made_by
+            if stream.leased_to == name or is_on_its_way:
+                stream.leased_to = stream.on_its_way = None
                 stream.losses += 1
+
+    def wished(self, wish: LayoutWished | InstanceDrainWished) -> None:
+        """Somebody asks for another layout."""
+        self._wishes[wish.wish] = wish
 
     def instance_killed_by(self, request_id: RequestId) -> None:
         """A process ended because it computed this request.
@@ -160,6 +206,10 @@ class Laws:
             self._judge_revoke(command)
         elif isinstance(command, FormGroup):
             self._judge_group(command)
+        elif isinstance(command, Fence | Remap | Adopt | Reset | LogTransition):
+            self._judge_transition(command)
+        elif isinstance(command, AnswerWish):
+            self._judge_answer(command, facts)
         elif isinstance(command, DrainComplete):
             _law(facts.draining, "a drain is complete that nobody asked for")
             _law(not self.open_requests, f"a drain is complete before {self.open_requests}")
@@ -176,6 +226,7 @@ class Laws:
         _law(bool(command.outputs), f"a delivery to {command.request_id} has no tokens")
         end = stream.delivered + len(command.outputs)
         due = stream.expected[stream.delivered : end]
+        _law(stream.leased_to is not None, f"tokens of {command.request_id} come from nowhere")
         _law(command.outputs == due, f"{due} was due, {command.outputs} was delivered")
         stream.delivered = end
         stream.has_started = True
@@ -205,32 +256,152 @@ class Laws:
     def _judge_lease(self, command: LeaseRequest) -> None:
         stream = self._open_stream(command.request.id, "lease")
         _law(
-            stream.leased_to is None,
-            f"{command.request.id} is leased to instances {stream.leased_to} and "
-            f"{command.instance} at a time",
+            stream.leased_to is None and stream.on_its_way is None,
+            f"{command.request.id} is leased to group {stream.leased_to} and "
+            f"{command.group} at a time (on its way: {stream.on_its_way})",
         )
-        known = tuple(output.token_id for output in stream.expected[: stream.delivered])
-        _law(command.request.output_token_ids == known, f"{command} should continue {known}")
-        stream.leased_to = command.instance
+        group = self._living.get(command.instance)
+        is_right = (
+            group is not None
+            and group.leader == command.instance
+            and (group.id, group.epoch) == (command.group, command.epoch)
+        )
+        _law(is_right, f"{command} goes to nobody who leads such a group, but {group}")
+        self._check_known(stream, command.request)
+        stream.leased_to = (command.group, command.epoch)
         stream.leases += 1
+
+    def _check_known(self, stream: Stream, request: Request) -> None:
+        known = tuple(output.token_id for output in stream.expected[: stream.delivered])
+        _law(request.output_token_ids == known, f"{request} should continue {known}")
 
     def _judge_revoke(self, command: RevokeLease) -> None:
         stream = self._streams[command.request_id]
+        name = (command.group, command.epoch)
+        on_its_way = stream.on_its_way is not None and stream.on_its_way == self._made_by.get(name)
         _law(
-            stream.leased_to == command.instance,
-            f"{command.request_id} is taken back from instance {command.instance}, "
+            stream.leased_to == name or on_its_way,
+            f"{command.request_id} is taken back from group {name}, "
             f"but it is leased to {stream.leased_to}",
         )
-        stream.leased_to = None
+        stream.leased_to = stream.on_its_way = None
 
     def _judge_group(self, command: FormGroup) -> None:
-        name = (command.group, command.epoch)
-        _law(name not in self._formed, f"group {name} is formed twice")
-        self._formed.add(name)
+        group = whole_instance(command.group, command.epoch, command.instance, self._num_layers)
+        _law(command.instance not in self._living, f"{command} goes to a member of a living group")
+        self._name_group(group)
+        self._living[command.instance] = group
+
+    def _name_group(self, group: Group) -> None:
+        Layout(self._num_layers, (group,))  # raises unless its stages cover all layers once
+        name = (group.id, group.epoch)
+        _law(name not in self._names, f"group {name} is formed twice")
+        older = [epoch for group_id, epoch in self._names if group_id == group.id]
+        _law(group.epoch > max(older, default=-1), f"the epoch of group {name} does not grow")
+        self._names.add(name)
 
     def _end(self, stream: Stream, state: StreamState) -> None:
         stream.state = state
-        stream.leased_to = None
+        stream.leased_to = stream.on_its_way = None
+
+    # ------------------------------------------------------------ transitions
+
+    def _judge_transition(self, command: Command) -> None:
+        if isinstance(command, Fence):
+            group = self._living.get(command.instance)
+            is_right = group is not None and (group.id, group.epoch) == (
+                command.group,
+                command.epoch,
+            )
+            _law(is_right, f"{command} goes to a member of {group}")
+            others = [t for t, members in self._fenced.items() if command.instance in members]
+            _law(not others, f"{command} comes, but transition {others} has fenced it")
+            self._fenced.setdefault(command.transition, set()).add(command.instance)
+        elif isinstance(command, Remap):
+            self._judge_remap(command)
+        elif isinstance(command, Adopt):
+            self._judge_adopt(command)
+        elif isinstance(command, Reset):
+            self._break_group(command.instance)
+        elif isinstance(command, LogTransition):
+            record = command.record
+            members = {i for group in record.sources for i in group.instances}
+            if record.outcome == "commit":
+                _law(self._fenced[record.id] == members, f"not all of {members} are fenced")
+                self._take_leases(record.id, record.sources)
+                self.commits += 1
+            else:
+                self._fenced.pop(record.id, None)
+                self.outcomes.append(record.outcome)
+
+    def _take_leases(self, transition: TransitionId, sources: tuple[Group, ...]) -> None:
+        """COMMIT: the source groups are no more."""
+        names = {(group.id, group.epoch) for group in sources}
+        for group in sources:
+            for instance in group.instances:
+                _law(self._living.get(instance) == group, f"{group} is none that lives")
+                del self._living[instance]
+        for stream in self._streams.values():
+            if stream.leased_to in names:
+                stream.leased_to, stream.on_its_way = None, transition
+
+    def _judge_remap(self, command: Remap) -> None:
+        fenced = self._fenced.get(command.transition, set())
+        _law(command.instance in fenced, f"{command.instance} is remapped, but not fenced")
+        name = (command.group.id, command.group.epoch)
+        if name not in self._names:
+            self._name_group(command.group)
+            self._made_by[name] = command.transition
+        known = self._living.setdefault(command.instance, command.group)
+        _law(known == command.group, f"instance {command.instance} is in {known} and {name}")
+
+    def _judge_adopt(self, command: Adopt) -> None:
+        group = self._living.get(command.instance)
+        name = (command.group, command.epoch)
+        is_right = group is not None and (group.id, group.epoch) == name
+        _law(is_right, f"{command.instance} adopts for {name}, but is in {group}")
+        _law(
+            not command.requests or (group is not None and group.leader == command.instance),
+            f"requests are adopted by {command.instance}, which does not lead",
+        )
+        for adopted in command.requests:
+            stream = self._open_stream(adopted.request.id, "adoption")
+            _law(
+                stream.on_its_way == command.transition,
+                f"{adopted.request.id} is adopted, but it is not on its way there",
+            )
+            self._check_known(stream, adopted.request)
+            stream.leased_to, stream.on_its_way = name, None
+
+    # ------------------------------------------------------------ wishes
+
+    def _judge_answer(self, command: AnswerWish, facts: FrontFacts) -> None:
+        if command.wish < 0:  # the controller's own
+            return
+        wish = self._wishes.get(command.wish)
+        if wish is None:
+            raise LawBrokenError(f"{command}, but nobody wished it")
+        _law(command.wish not in self._answered, f"wish {command.wish} is answered twice")
+        _law(bool(command.message), f"wish {command.wish} gets no reason")
+        self._answered.add(command.wish)
+        self.granted += command.granted
+        if not command.granted or not isinstance(wish, LayoutWished) or facts.layout is None:
+            return
+        now = {frozenset(group.instances) for group in facts.layout.groups}
+        everybody = frozenset(i for group in now for i in group)
+        wanted = {frozenset(group) for group in wish.groups}
+        if wish.kind is WishKind.RESTORE:
+            wanted = {frozenset((i,)) for i in everybody}
+        elif wish.kind is WishKind.DROP:
+            drained = {frozenset((i,)) for i in everybody & facts.draining_instances}
+            rest = everybody - facts.draining_instances
+            wanted = drained | ({rest} if rest else set())
+        _law(now == wanted, f"wish {wish} is granted, but the layout is {now}")
+
+    @property
+    def open_wishes(self) -> tuple[int, ...]:
+        """Wishes without an answer so far."""
+        return tuple(wish for wish in self._wishes if wish not in self._answered)
 
     def check_queue(self) -> None:
         """Raise LawBrokenError if more requests wait for their first step than may."""

@@ -128,6 +128,7 @@ def test_the_last_transition(cluster: FakeCluster):
         )
     )  # fmt: skip
     last = ask(cluster, "GET", "/admin/layout").json()["last_transition"]
+    assert last.pop("figures")["phases_ns"] == {"prepare": 5_000_000}
     assert last.pop("text").startswith("drop #9 (operator): 0[0:30] -> 0[0:12]|1[12:30]")
     assert last == {
         "id": 9, "kind": "drop", "why": "operator", "outcome": "aborted", "reason": "no links",

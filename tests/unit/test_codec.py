@@ -1,7 +1,7 @@
 """Messages: every type survives the wire as it is; anything else is a CodecError."""
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
@@ -26,6 +26,7 @@ from kunserve.core.request import (
     TokenOutput,
 )
 from kunserve.core.step import GroupLoad
+from kunserve.core.transition import TransitionOrder, TransitionReport
 from kunserve.runtime.codec import (
     MESSAGE_TYPES,
     CodecError,
@@ -81,7 +82,6 @@ timings = st.builds(StepTiming, counts, counts, counts)
 SAMPLES: dict[type, st.SearchStrategy[Any]] = {
     LoadProgress: st.builds(LoadProgress, counts, counts, texts, st.floats(0, 1)),
     StartFailed: st.builds(StartFailed, counts, counts, texts),
-    InstanceReady: st.builds(InstanceReady, counts, counts, counts),
     GroupReport: st.builds(
         GroupReport,
         counts,
@@ -101,6 +101,13 @@ SAMPLES: dict[type, st.SearchStrategy[Any]] = {
     RevokeLease: st.builds(RevokeLease, counts, counts, counts, texts),
     Shutdown: st.builds(Shutdown),
 }
+# The rest follows from the types of their fields.
+st.register_type_strategy(int, counts)
+st.register_type_strategy(str, texts)
+st.register_type_strategy(float, finite)
+st.register_type_strategy(Request, requests)
+for message_type in (InstanceReady, *get_args(TransitionOrder), *get_args(TransitionReport)):
+    SAMPLES[message_type] = st.from_type(message_type)
 messages = st.one_of(list(SAMPLES.values()))
 
 

@@ -7,6 +7,7 @@ wiped. Tokens must be those of a loop without any of this.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -1027,6 +1028,114 @@ class TransitionMachine(SchedulerMachine):
 
 
 TransitionMachine.TestCase.settings = settings(
-    max_examples=300, stateful_step_count=50, deadline=None, derandomize=True, database=None
+    max_examples=50, stateful_step_count=40, deadline=None, derandomize=True, database=None
 )
 TestTransitions = TransitionMachine.TestCase
+
+
+# ---------------------------------------------------------------- sharers that keep moving
+
+
+class Shuffle:
+    """Requests with a common prefix, compacted into random pages again and again, while steps
+    are cancelled, frozen and finished in any way. Seeded: it always gets to what it is for."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.scheduler = make_scheduler(
+            64, num_stages=seed % 3 + 1, max_moves_per_step=self.random.choice([1, 2, 64])
+        )
+        self.ring = Ring(4)
+        self.flights: list[StepPlan] = []
+        self.expected: dict[RequestId, list[int]] = {}
+        self.is_compacting = False
+        self.moves = self.shared = self.leases = 0
+
+    def lease(self) -> None:
+        prompt = [2] * self.random.randint(5, 14)
+        self.leases += 1
+        request = make_request(f"r{self.leases}", prompt, max_tokens=12, arrival_ns=self.leases)
+        self.scheduler.add(request)
+        self.expected[request.id] = [t.token_id for t in reference_outputs(request, 100)]
+
+    def extent(self, plan: StepPlan) -> list[tuple[int, int]]:
+        return [
+            (self.random.randint(0, len(plan.moves)), self.random.randint(0, len(plan.chunks)))
+            for _ in range(2)
+        ]
+
+    def compact(self) -> None:
+        if not self.is_compacting:
+            count = self.random.randint(1, 2)
+            homes: list[set[int]] = [set() for _ in range(count + 1)]
+            for page in range(16):
+                self.random.choice(homes).add(page)
+            try:
+                self.scheduler.compact([Home(runs_of(home)) for home in homes[:count]])
+            except CompactionRefusedError:
+                return
+            self.is_compacting = True
+        elif self.random.random() < 0.5:
+            self.is_compacting = False
+            self.scheduler.end_compaction(self.scheduler.closed_pages())
+
+    def freeze(self) -> None:
+        reached = self.random.randint(0, len(self.flights))
+        for plan in self.flights[:reached]:
+            self.ring.cancel(plan, self.extent(plan))
+        self.flights.clear()
+        for request in self.scheduler.freeze():
+            self.ring.content(request.block_table[: request.computed_tokens // 4])
+        self.scheduler.unfreeze()
+
+    def turn(self) -> None:
+        chance = self.random.random()
+        if chance < 0.15 and len(self.expected) < 6:
+            self.lease()
+        elif chance < 0.25:
+            self.compact()
+        elif chance < 0.28:
+            self.freeze()
+        elif chance < 0.3 and self.expected:
+            request_id = self.random.choice(sorted(self.expected))
+            self.scheduler.abort(request_id)
+            del self.expected[request_id]
+        elif chance < 0.65 or not self.flights:
+            self.plan()
+        else:
+            self.land(is_cancelled=self.random.random() < 0.15)
+        self.scheduler.check()
+
+    def plan(self) -> None:
+        before = {r.request_id: r.block_table for r in self.scheduler.snapshot()}
+        plan = self.scheduler.schedule(0)
+        if plan is None:
+            return
+        self.flights.append(plan)
+        self.moves += len(plan.moves)
+        targets = {move.target for move in plan.moves}
+        tables = [set(c.block_table) for c in plan.chunks if c.request_id in before]
+        self.shared += sum(sum(t in table for table in tables) > 1 for t in targets)
+
+    def land(self, is_cancelled: bool) -> None:
+        plan = self.flights.pop(0)
+        if is_cancelled:
+            assert not self.scheduler.update(plan, self.ring.cancel(plan, self.extent(plan)), 0)
+            return
+        for output in self.scheduler.update(plan, self.ring.execute(plan), 0):
+            expected = self.expected[output.request_id]
+            assert output.token_id == expected.pop(0)
+            if output.finish is not None:
+                assert not expected
+                del self.expected[output.request_id]
+
+
+def test_sharers_that_keep_moving_lose_nothing() -> None:
+    moves = shared = 0
+    for seed in range(90):
+        shuffle = Shuffle(seed)
+        for _ in range(250):
+            shuffle.turn()
+        moves, shared = moves + shuffle.moves, shared + shuffle.shared
+    assert moves > 1000
+    assert shared > 120
