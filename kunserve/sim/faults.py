@@ -84,9 +84,7 @@ class FailingPulls:
     duration_ns: int
 
 
-Fault = (
-    Crash | LastWords | Freeze | StuckStep | SlowSteps | SlowPulls | HangingPulls | FailingPulls
-)
+Fault = Crash | LastWords | Freeze | StuckStep | SlowSteps | SlowPulls | HangingPulls | FailingPulls
 
 
 def end_ns(fault: Fault) -> int:

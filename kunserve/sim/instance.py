@@ -34,7 +34,6 @@ from kunserve.core.errors import AccountingError
 from kunserve.core.events import GroupReport, Heartbeat, InstanceReady
 from kunserve.core.ids import InstanceId, RequestId, SlotId
 from kunserve.core.layout import Group, Part, PartKind
-from kunserve.core.memory import pages_of
 from kunserve.core.step import StepResult
 from kunserve.core.transition import PeerAddress, PeerMessage, TransitionReport
 from kunserve.policy.cost_model import ChunkShape, CostModel
@@ -534,11 +533,24 @@ class SimInstance:
             digest.update(self.pages.cells[start:stop].tobytes())
         return digest.hexdigest()
 
-    def held_parts(self) -> frozenset[Part]:
-        """Parts whose weights are all there."""
-        parts = self._mapper.parts
-        return frozenset(part for part, pages in parts.items() if self.pages.has_part(pages, part))
-
-    def mapped_pages(self, layer: int) -> frozenset[int]:
-        """Range pages that are backed in a layer."""
-        return frozenset(pages_of(self.memory.kv_runs(layer)))
+    def holds_its_stage(self) -> bool:
+        """Between transitions: exactly the parts of its stage are held, their weights are all
+        there, and every page is backed in all its layers or in none."""
+        group, parts = self.group, self._mapper.parts
+        if group is None:
+            return False
+        layers = group.stages[group.instances.index(self.instance)].layers
+        is_leader = group.leader == self.instance
+        wanted = {
+            part
+            for part in self._config.part_pages
+            if (part.index in layers if part.kind is PartKind.LAYER else is_leader)
+        }
+        backed = {frozenset(self._mapper.kv[layer]) for layer in layers}
+        others = [i for i in range(self._config.num_layers) if i not in layers]
+        return (
+            parts.keys() == wanted
+            and all(self.pages.has_part(pages, part) for part, pages in parts.items())
+            and len(backed) == 1
+            and not any(self._mapper.kv[layer] for layer in others)
+        )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
-from kunserve.core.ids import RequestId
+from kunserve.core.events import InstanceDrainWished, LayoutWished, WishKind
+from kunserve.core.ids import InstanceId, RequestId
 from kunserve.core.request import Request, SamplingParams
 from kunserve.policy.book import ControllerConfig
 from kunserve.policy.cost_model import CostModel
@@ -35,6 +36,15 @@ class Delays:
     """From the end of a process until the front learns of it."""
     start_timeout_ns: int = 20 * SECOND_NS
     """A process that loads longer is killed."""
+    peer: SpanNs = SpanNs(20 * MICROSECOND_NS, 500 * MICROSECOND_NS)
+    """Between two instances."""
+    pull: SpanNs = SpanNs(100 * MICROSECOND_NS, 5 * MILLISECOND_NS)
+    """One pull of pages."""
+    part: SpanNs = SpanNs(MILLISECOND_NS, 30 * MILLISECOND_NS)
+    """A part is read from the file, or compared."""
+
+
+Wish = LayoutWished | InstanceDrainWished
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,10 @@ class Scenario:
     arrivals: tuple[Arrival, ...]
     faults: tuple[Fault, ...] = ()
     drain_at_ns: int | None = None
+    wishes: tuple[tuple[int, Wish], ...] = ()
+    """When somebody asks for another layout."""
+    cost_factors: tuple[float, ...] = ()
+    """Instance i takes so many times as long as its cost model says; 1 where none is given."""
 
     @property
     def max_request_tokens(self) -> int:
@@ -66,11 +80,16 @@ class ScenarioLimits:
     arrivals_ns: int = 8 * SECOND_NS
     poison_share: float = 0.0
     killer_share: float = 0.0
+    max_wishes: int = 0
+    min_instances: int = 1
 
 
 def draw_scenario(rng: Random, limits: ScenarioLimits = ScenarioLimits()) -> Scenario:
-    """A small, tight cluster: few blocks, so that requests preempt each other."""
+    """A small, tight cluster: few blocks, so that requests preempt each other. With wishes it
+    changes its layout."""
     instance = _draw_instance(rng)
+    if limits.max_wishes:
+        instance = _draw_parts(rng, instance)
     controller = _draw_controller(rng, limits, instance)
     arrivals = _draw_arrivals(rng, limits, instance)
     faults = draw_faults(
@@ -79,10 +98,73 @@ def draw_scenario(rng: Random, limits: ScenarioLimits = ScenarioLimits()) -> Sce
         num_instances=controller.num_instances,
         horizon_ns=limits.arrivals_ns + 4 * SECOND_NS,
         heartbeat_timeout_ns=controller.heartbeat_timeout_ns,
+        links=limits.max_wishes > 0,
     )
     drains = rng.random() < 0.25
     drain_at_ns = rng.randint(0, 2 * limits.arrivals_ns) if drains else None
-    return Scenario(controller, instance, _draw_delays(rng), arrivals, faults, drain_at_ns)
+    return Scenario(
+        controller=controller,
+        instance=instance,
+        delays=_draw_delays(rng),
+        arrivals=arrivals,
+        faults=faults,
+        drain_at_ns=drain_at_ns,
+        wishes=_draw_wishes(rng, limits, controller.num_instances),
+        cost_factors=_draw_factors(rng, limits, controller.num_instances),
+    )
+
+
+def _draw_factors(rng: Random, limits: ScenarioLimits, num_instances: int) -> tuple[float, ...]:
+    if not limits.max_wishes:
+        return ()
+    return tuple(rng.choice((1.0, 1.0, 0.5, 2.0)) for _ in range(num_instances))
+
+
+def _draw_parts(rng: Random, instance: SimInstanceConfig) -> SimInstanceConfig:
+    """Layers that do not divide, and KV from a quarter to four times the weights."""
+    return replace(
+        instance,
+        num_layers=rng.choice((4, 5, 6, 7, 8, 8, 12, 20)),
+        layer_pages=rng.randint(1, 4) * max(1, instance.kv_pages // rng.choice((2, 4, 16))),
+        embedding_pages=rng.randint(1, 8),
+        head_pages=rng.choice((0, 0, 1, 5)),
+        spare_pages=rng.choice((0, 0, 1, 3)),
+        window_pages=rng.choice((None, 1, 4, 64)),
+        digests=rng.random() < 0.5,
+    )
+
+
+def _draw_wishes(
+    rng: Random, limits: ScenarioLimits, num_instances: int
+) -> tuple[tuple[int, Wish], ...]:
+    """Some come close together, so that one overtakes the other."""
+    times: list[int] = []
+    for _ in range(rng.randint(min(1, limits.max_wishes), limits.max_wishes)):
+        if times and rng.random() < 0.4:
+            times.append(times[-1] + rng.randint(0, 300 * MILLISECOND_NS))
+        else:
+            times.append(rng.randint(SECOND_NS, limits.arrivals_ns + 4 * SECOND_NS))
+    return tuple(
+        (at_ns, _draw_wish(rng, number, num_instances)) for number, at_ns in enumerate(times)
+    )
+
+
+def _draw_wish(rng: Random, number: int, num_instances: int) -> Wish:
+    kind = rng.random()
+    if kind < 0.04:
+        return InstanceDrainWished(number, InstanceId(rng.randrange(num_instances)))
+    if kind < 0.3:
+        return LayoutWished(number, WishKind.DROP)
+    if kind < 0.55:
+        return LayoutWished(number, WishKind.RESTORE)
+    groups: list[list[InstanceId]] = [[] for _ in range(rng.randint(1, num_instances))]
+    for index in range(num_instances):
+        rng.choice(groups).append(InstanceId(index))
+    if rng.random() < 0.05:  # illegal: somebody twice, or an empty group
+        rng.choice(groups).append(InstanceId(0))
+    else:
+        groups = [group for group in groups if group]
+    return LayoutWished(number, WishKind.LAYOUT, tuple(map(tuple, groups)))
 
 
 def _draw_delays(rng: Random) -> Delays:
@@ -112,14 +194,17 @@ def _draw_instance(rng: Random) -> SimInstanceConfig:
         gamma_ns=rng.uniform(5, 40) * MILLISECOND_NS,
         head_ns=rng.uniform(0, 500) * MICROSECOND_NS,
     )
-    return SimInstanceConfig(scheduler, cost_model, 4, total_blocks, rng.choice((1, 3, 8)))
+    blocks_per_page = rng.choice((1, 3, 8))
+    kv_pages = max(1, total_blocks // blocks_per_page)
+    return SimInstanceConfig(scheduler, cost_model, 4, kv_pages, blocks_per_page)
 
 
 def _draw_controller(
     rng: Random, limits: ScenarioLimits, instance: SimInstanceConfig
 ) -> ControllerConfig:
+    num_instances = rng.randint(limits.min_instances, limits.max_instances)
     return ControllerConfig(
-        num_instances=rng.randint(1, limits.max_instances),
+        num_instances=num_instances,
         num_layers=instance.num_layers,
         block_size=instance.scheduler.block_size,
         max_model_len=instance.scheduler.max_model_len,
@@ -128,6 +213,13 @@ def _draw_controller(
         restart_backoff_ns=rng.randint(100, 1000) * MILLISECOND_NS,
         stable_ns=rng.choice((2, 60)) * SECOND_NS,
         max_restarts=rng.randint(0, 3),
+        part_pages=tuple(instance.part_pages.items()) if limits.max_wishes else (),
+        slot_pages=instance.slots(num_instances).slot_pages,
+        blocks_per_page=instance.blocks_per_page,
+        page_bytes=instance.memory_plan.geometry.page_bytes,
+        answer_timeout_ns=rng.randint(2, 5) * SECOND_NS,
+        long_timeout_ns=rng.randint(3, 20) * SECOND_NS,
+        move_timeout_ns=rng.choice((1, 2, 2)) * SECOND_NS,
     )
 
 

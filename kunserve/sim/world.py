@@ -14,11 +14,13 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from random import Random
+from typing import Any, get_args
 
 from kunserve.core.events import (
+    AnswerWish,
     ClockTicked,
     Command,
     DeliverTokens,
@@ -30,6 +32,7 @@ from kunserve.core.events import (
     InstanceLost,
     KillInstance,
     LeaseRequest,
+    LogTransition,
     RefusalKind,
     RefuseRequest,
     RequestAborted,
@@ -38,12 +41,25 @@ from kunserve.core.events import (
     StartInstance,
 )
 from kunserve.core.ids import InstanceId, RequestId
+from kunserve.core.transition import PeerAddress, PeerMessage, TransitionOrder
 from kunserve.policy.book import InstanceState
 from kunserve.policy.controller import Controller
-from kunserve.sim.faults import Crash, Fault, Freeze, LastWords, SlowSteps, StuckStep, end_ns
-from kunserve.sim.instance import DownMessage, SimInstance, UpMessage
+from kunserve.sim.faults import (
+    Crash,
+    FailingPulls,
+    Fault,
+    Freeze,
+    HangingPulls,
+    LastWords,
+    SlowPulls,
+    SlowSteps,
+    StuckStep,
+    end_ns,
+)
+from kunserve.sim.instance import DownMessage, SimInstance, Spans, UpMessage
 from kunserve.sim.laws import FrontFacts, LawBrokenError, Laws, StreamState
-from kunserve.sim.scenario import Arrival, Scenario
+from kunserve.sim.memory import PhysicalPages
+from kunserve.sim.scenario import Arrival, Scenario, Wish
 from kunserve.sim.timeline import MILLISECOND_NS, SECOND_NS, Link, Timeline
 
 TICK_NS = 250 * MILLISECOND_NS
@@ -53,6 +69,8 @@ SETTLE_NS = SECOND_NS
 """What is still under way when the last request has ended arrives in this time."""
 
 TraceEntry = tuple[int, Event | Command | Fault]
+_Name = tuple[InstanceId, int]
+"""A process: instance and incarnation."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +86,10 @@ class Outcome:
     killed_instances: int
     is_drained: bool
     end_ns: int
+    commits: int = 0
+    granted_wishes: int = 0
+    transitions: dict[str, int] = field(default_factory=dict)
+    """Ends of transitions, by outcome."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +100,32 @@ class _Process:
     down: Link[DownMessage]
     up: Link[UpMessage]
     start_deadline_ns: int
+
+
+class _Network:
+    """What one process has of the world."""
+
+    def __init__(
+        self, world: World, instance: InstanceId, incarnation: int, up: Link[UpMessage]
+    ) -> None:
+        self._world = world
+        self._name = (instance, incarnation)
+        self._up = up
+
+    def send_front(self, message: UpMessage) -> None:
+        self._up.send(message)
+
+    def send_peer(self, target: PeerAddress, message: PeerMessage, payload: Any) -> None:
+        link = self._world.peer_link(self._name, (target.instance, target.incarnation))
+        if link is not None:
+            link.send((message, payload))
+
+    def memory_of(self, peer: PeerAddress) -> PhysicalPages | None:
+        process = self._world.living(peer.instance, peer.incarnation)
+        return process.pages if process is not None else None
+
+    def end(self) -> None:
+        self._world.end_by_itself(self._name[0])
 
 
 class World:
@@ -98,11 +146,14 @@ class World:
             scenario.controller.max_num_queued_reqs,
             scenario.instance.scheduler.eos_token_ids,
             scenario.controller.max_losses,
+            scenario.instance.num_layers,
         )
         self._clients = {arrival.request.id: arrival for arrival in scenario.arrivals}
         self._processes: dict[InstanceId, _Process] = {}
         self._losses: Counter[InstanceId] = Counter()
         self._incarnations: dict[InstanceId, int] = {}
+        self._peer_links: dict[tuple[_Name, _Name], Link[tuple[PeerMessage, Any]]] = {}
+        self._troubled_ns = 0
         self._trace: list[TraceEntry] = []
         self._planned = 0
         self._is_draining = False
@@ -118,6 +169,21 @@ class World:
             StartInstance: self._start,
             KillInstance: self._kill,
             DrainComplete: self._drained,
+            AnswerWish: lambda command: None,
+            LogTransition: self._log,
+        }
+        self._perform_by_type |= dict.fromkeys(get_args(TransitionOrder), self._send_down)
+        self._strikes: dict[type, Callable[[SimInstance, Any], None]] = {
+            Crash: lambda instance, fault: self.end_by_itself(fault.instance),
+            LastWords: lambda instance, fault: instance.end_after(fault.messages),
+            Freeze: lambda instance, fault: instance.freeze(fault.duration_ns),
+            StuckStep: lambda instance, fault: instance.stick(),
+            SlowSteps: lambda instance, fault: instance.slow_down(fault.duration_ns, fault.factor),
+            SlowPulls: lambda instance, fault: instance.pump.slow_down(
+                fault.duration_ns, fault.factor
+            ),
+            HangingPulls: lambda instance, fault: instance.pump.hang(fault.duration_ns),
+            FailingPulls: lambda instance, fault: instance.pump.fail(fault.duration_ns),
         }
 
     # ------------------------------------------------------------ a run
@@ -171,6 +237,8 @@ class World:
                 self._plan(arrival.abort_at_ns, partial(self._abort, arrival.request.id))
         for fault in scenario.faults:
             self._plan(fault.at_ns, partial(self._strike, fault))
+        for at_ns, wish in scenario.wishes:
+            self._plan(at_ns, partial(self._wish, wish))
         if scenario.drain_at_ns is not None:
             self._plan(scenario.drain_at_ns, self._drain)
         last_ns = max(
@@ -178,6 +246,7 @@ class World:
             *(end_ns(fault) for fault in scenario.faults),
             *(arrival.request.arrival_ns for arrival in scenario.arrivals),
             *(arrival.abort_at_ns or 0 for arrival in scenario.arrivals),
+            *(at_ns for at_ns, _ in scenario.wishes),
             0,
         )
         self._plan(last_ns, lambda: None)
@@ -195,12 +264,12 @@ class World:
 
     def _is_quiet(self) -> bool:
         """The scenario is over, all requests have ended, all instances are ready or given up."""
-        if self._planned or self._laws.open_requests:
+        if self._planned or self._laws.open_requests or self._laws.open_wishes:
             return False
-        if self._is_draining and not self._is_drained:
+        if self._is_draining and not self._is_drained or self._controller.is_in_transition:
             return False
         return all(
-            record.state is InstanceState.DEAD or self._is_ready(record.id)
+            record.state in (InstanceState.DEAD, InstanceState.DRAINED) or self._is_ready(record.id)
             for record in self._controller.instances()
         )
 
@@ -217,7 +286,8 @@ class World:
             and serving.hung_until_ns() <= self._timeline.now_ns
             and serving.is_idle()
             and group is not None
-            and (group.group, group.epoch) == (record.id, record.epoch)
+            and group == record.group
+            and serving.holds_its_stage()
         )
 
     def _settle(self) -> None:
@@ -232,7 +302,9 @@ class World:
         return (
             f"{self._timeline.now_ns / SECOND_NS:.3f} s, open {self._laws.open_requests}, "
             f"owned {self._controller.num_requests}, instances {states}, "
-            f"processes {sorted(self._processes)}, drained {self._is_drained}"
+            f"processes {sorted(self._processes)}, drained {self._is_drained}, "
+            f"wishes {self._laws.open_wishes}, in transition {self._controller.is_in_transition}, "
+            f"not ready {[i for i in self._processes if not self._is_ready(i)]}"
         )
 
     def _outcome(self) -> Outcome:
@@ -248,6 +320,9 @@ class World:
             killed_instances=self._kills,
             is_drained=self._is_drained,
             end_ns=self._timeline.now_ns,
+            commits=self._laws.commits,
+            granted_wishes=self._laws.granted,
+            transitions=dict(Counter(self._laws.outcomes)),
         )
 
     # ------------------------------------------------------------ the loop of both worlds
@@ -267,11 +342,16 @@ class World:
             self._losses[InstanceId(index)] > controller.max_restarts
             for index in range(controller.num_instances)
         )
-        return FrontFacts(self._is_draining, has_given_up)
+        draining = [r.id for r in self._controller.instances() if r.is_draining]
+        return FrontFacts(
+            self._is_draining, has_given_up, self._controller.layout, frozenset(draining)
+        )
 
     def _tick(self) -> None:
         for process in tuple(self._processes.values()):
             serving = process.instance
+            if serving.troubled_until_ns() > self._timeline.now_ns or not serving.is_alive:
+                self._troubled_ns = self._timeline.now_ns
             if serving.is_loading and self._timeline.now_ns > process.start_deadline_ns:
                 self._end_process(process, "it does not get ready in time")
         self._handle(ClockTicked())
@@ -305,6 +385,13 @@ class World:
     def _drained(self, command: DrainComplete) -> None:
         self._is_drained = True
 
+    def _wish(self, wish: Wish) -> None:
+        self._laws.wished(wish)
+        self._handle(wish)
+
+    def _log(self, command: LogTransition) -> None:
+        """A record for the log: the trace has it."""
+
     # ------------------------------------------------------------ processes
 
     def _send_down(self, command: DownMessage) -> None:
@@ -316,14 +403,18 @@ class World:
         self._check_incarnation(command)
         delays, timeline, rng = self._scenario.delays, self._timeline, self._rng
         up: Link[UpMessage] = Link(timeline, delays.link, rng, self._take)
+        factors = dict(enumerate(self._scenario.cost_factors))
         instance = SimInstance(
-            command.instance,
-            command.incarnation,
-            self._scenario.instance,
-            timeline,
-            up.send,
-            partial(self._end_by_itself, command.instance),
-            delays.load.draw(rng),
+            instance=command.instance,
+            incarnation=command.incarnation,
+            config=self._scenario.instance,
+            timeline=timeline,
+            rng=rng,
+            network=_Network(self, command.instance, command.incarnation, up),
+            spans=Spans(delays.pull, delays.part),
+            num_instances=self._scenario.controller.num_instances,
+            cost_factor=factors.get(int(command.instance), 1.0),
+            load_ns=delays.load.draw(rng),
         )
         self._processes[command.instance] = _Process(
             instance=instance,
@@ -344,13 +435,39 @@ class World:
         process = self._processes.get(command.instance)
         if process is None:
             raise LawBrokenError(f"{command} came, but there is no such process")
-        silent_from_ns = self._timeline.now_ns - self._scenario.controller.heartbeat_timeout_ns
-        if process.instance.is_alive and process.instance.hung_until_ns() < silent_from_ns:
+        controller = self._scenario.controller
+        silent_from_ns = self._timeline.now_ns - controller.heartbeat_timeout_ns
+        is_hung = process.instance.hung_until_ns() >= silent_from_ns
+        if not command.reason.startswith("no heartbeat"):
+            # Of a transition: somebody, or a transfer, does not get on.
+            longest_ns = max(controller.answer_timeout_ns, controller.long_timeout_ns)
+            is_hung = self._troubled_ns >= self._timeline.now_ns - longest_ns - SECOND_NS
+        if process.instance.is_alive and not is_hung:
             raise LawBrokenError(f"{command} came, but the process makes progress")
         self._kills += process.instance.is_alive
         self._end_process(process, command.reason)
 
-    def _end_by_itself(self, instance: InstanceId) -> None:
+    def living(self, instance: InstanceId, incarnation: int) -> SimInstance | None:
+        """A process that is there."""
+        process = self._processes.get(instance)
+        if process is None or not process.instance.is_alive:
+            return None
+        return process.instance if process.instance.incarnation == incarnation else None
+
+    def peer_link(self, source: _Name, target: _Name) -> Link[tuple[PeerMessage, Any]] | None:
+        """The link between two processes, or None when the target is gone."""
+        receiver = self.living(*target)
+        if receiver is None:
+            return None
+        link = self._peer_links.get((source, target))
+        if link is None:
+            span = self._scenario.delays.peer
+            link = Link(self._timeline, span, self._rng, receiver.take_peer)
+            self._peer_links[source, target] = link
+        return link
+
+    def end_by_itself(self, instance: InstanceId) -> None:
+        """A process ends, as by a signal."""
         process = self._processes[instance]
         if process.instance.killed_by is not None:
             self._laws.instance_killed_by(process.instance.killed_by)
@@ -360,8 +477,14 @@ class World:
         """The process ends now; the front learns of it later."""
         if not process.instance.is_alive:
             return
-        process.instance.kill()
+        ended = process.instance
+        ended.kill()
         process.up.cut()
+        name = (ended.instance, ended.incarnation)
+        for link_name in [link_name for link_name in self._peer_links if name in link_name]:
+            self._peer_links.pop(link_name).cut()
+        for other in self._processes.values():
+            other.instance.peer_died(ended.instance)
         delay_ns = self._scenario.delays.exit.draw(self._rng)
         self._timeline.after(delay_ns, partial(self._reap, process, reason))
 
@@ -379,13 +502,6 @@ class World:
         process = self._processes.get(fault.instance)
         if process is None:
             return
-        if isinstance(fault, Crash):
-            self._end_by_itself(fault.instance)
-        elif isinstance(fault, LastWords):
-            process.instance.end_after(fault.messages)
-        elif isinstance(fault, Freeze):
-            process.instance.freeze(fault.duration_ns)
-        elif isinstance(fault, StuckStep):
-            process.instance.stick()
-        elif isinstance(fault, SlowSteps):
-            process.instance.slow_down(fault.duration_ns, fault.factor)
+        self._strikes[type(fault)](process.instance, fault)
+        if process.instance.troubled_until_ns() > self._timeline.now_ns:
+            self._troubled_ns = self._timeline.now_ns
