@@ -102,13 +102,15 @@ class GroupRecord:
 
     `leases_sent` numbers the leases; blocks of those the last report has not seen yet are kept
     in `unseen` as (lease number, blocks), so that dispatch counts them as queued. A frozen group
-    gets no leases: it is between two layouts.
+    gets no leases: it is between two layouts. `pages`: range pages of a group that an exchange has
+    made, when that is over; those of a group that is a whole instance from its start are its own.
     """
 
     group: Group
     total_blocks: int
     prefixes: PrefixIndex
     is_frozen: bool = False
+    pages: tuple[PageRun, ...] = ()
     load: GroupLoad | None = None
     timing: StepTiming = field(default_factory=StepTiming)
     leases_sent: int = 0

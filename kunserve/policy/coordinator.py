@@ -100,6 +100,7 @@ class Regrow:
     group: Group
     pages: tuple[PageRun, ...]
     waiting_for: set[InstanceId]
+    deadline_ns: int
 
 
 @dataclass
@@ -545,7 +546,9 @@ class Coordinator:
         pages = self._given_up(active)
         told = [i for i in transition.members if self._book.instances[i].is_alive]
         if pages:
-            self._regrows[transition.id] = Regrow(transition.sources[0], pages, set(told))
+            deadline_ns = now_ns + self._book.config.long_timeout_ns
+            regrow = Regrow(transition.sources[0], pages, set(told), deadline_ns)
+            self._regrows[transition.id] = regrow
         for instance in told:
             yield Abort(instance, transition.id, pages)
         yield LogTransition(transition.record())
@@ -555,13 +558,10 @@ class Coordinator:
         yield from self._over(active, now_ns)
 
     def _given_up(self, active: Active) -> tuple[PageRun, ...]:
-        """What `Prepare.keep` gave up: all that the source group can use, unless it is broken."""
-        source = active.transition.sources[0]
+        """What `Prepare.keep` gave up: all that the source group had, unless it is broken."""
+        record = self._book.groups.get(active.transition.sources[0].id)
         is_split = active.transition.kind is TransitionKind.SPLIT
-        if not is_split or self._book.groups.get(source.id) is None:
-            return ()
-        count = self._shape().capacity_pages(source.stages)
-        return pages_of_home([self._slot(i) for i in source.instances], count)
+        return record.pages if is_split and record is not None else ()
 
     # ------------------------------------------------------------ COMMIT
 
@@ -662,7 +662,8 @@ class Coordinator:
         records = []
         for target_plan, group in zip(plan.targets, transition.targets, strict=True):
             blocks = target_plan.num_pages * config.blocks_per_page
-            records.append(GroupRecord(group, blocks, PrefixIndex(blocks), is_frozen=True))
+            index, pages = PrefixIndex(blocks), target_plan.all_pages
+            records.append(GroupRecord(group, blocks, index, is_frozen=True, pages=pages))
         leased = [
             request_id
             for group in transition.sources
@@ -823,6 +824,13 @@ class Coordinator:
         for active in tuple(self._active.values()):
             if active.transition.id in self._active:
                 yield from self._check_deadline(active, now_ns)
+        for transition, regrow in self._regrows.items():
+            if now_ns <= regrow.deadline_ns:
+                continue
+            regrow.deadline_ns = now_ns + self._book.config.answer_timeout_ns
+            for instance in sorted(regrow.waiting_for):
+                reason = f"a transfer of transition {transition} that was given up does not end"
+                yield KillInstance(instance, self._book.instances[instance].incarnation, reason)
 
     def _check_deadline(self, active: Active, now_ns: int) -> Commands:
         transition, config = active.transition, self._book.config

@@ -105,6 +105,12 @@ class TargetPlan:
         """Range pages of the group when all is done."""
         return len(self.fresh) + len(self.later) + len(self.complete) + len(self.pending)
 
+    @property
+    def all_pages(self) -> tuple[PageRun, ...]:
+        """Range pages of the group when all is done."""
+        pending = (page for page, _ in self.pending)
+        return runs_of((*self.fresh, *self.later, *self.complete, *pending))
+
 
 @dataclass(frozen=True)
 class ExchangePlan:

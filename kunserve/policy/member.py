@@ -741,12 +741,22 @@ class Member:
             if part not in parts:
                 self._memory.release_part(part)
         wanted = set(pages_of(message.restore_pages))
-        for layer in range(self._config.num_layers):
-            mapped = set(pages_of(self._memory.kv_runs(layer)))
-            if layer not in stage.layers:
-                self._memory.unmap_kv(layer, runs_of(mapped))
-            elif wanted - mapped:
-                self._memory.map_kv(layer, runs_of(wanted - mapped))
+        mapped = {
+            layer: set(pages_of(self._memory.kv_runs(layer)))
+            for layer in range(self._config.num_layers)
+        }
+        # What was gathered goes first: its pages are those that are given back.
+        self._memory.unmap_kv_many(
+            {
+                layer: runs_of(pages)
+                for layer, pages in mapped.items()
+                if pages and layer not in stage.layers
+            }
+        )
+        lacking = {layer: wanted - mapped[layer] for layer in stage.layers}
+        self._memory.map_kv_many(
+            {layer: runs_of(pages) for layer, pages in lacking.items() if pages}
+        )
         self._answer(Aborted, message.transition)
 
     # ------------------------------------------------------------ after COMMIT

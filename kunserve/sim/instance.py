@@ -42,7 +42,7 @@ from kunserve.policy.memory import MemoryBook
 from kunserve.policy.pages import MAX_SLOTS, MemoryPlan, PageGeometry, SlotMap
 from kunserve.policy.scheduler import SchedulerConfig
 from kunserve.sim.memory import PhysicalPages, TableMapper
-from kunserve.sim.pump import Pump, PullAnswer
+from kunserve.sim.pump import PullAnswer, Pump
 from kunserve.sim.timeline import FOREVER_NS, MICROSECOND_NS, MILLISECOND_NS, SpanNs, Timeline
 from kunserve.sim.toy_model import HEAD, ProcessKilledError, ToyExecutor
 

@@ -3,14 +3,14 @@
 Safety, after every event:
 
     tokens      each request's stream is its reference stream, every token once and in order
-    leases      a request is leased to one living group at a time, with exactly the tokens delivered;
+    leases      a request is leased to one living group at a time, with exactly what was delivered;
                 from COMMIT to its Adopt it is on its way to one group
     refusals    each has a reason that is true when it is given, and no request ends otherwise
     deaths      no request ends more instances than a request may before it is given up
     groups      (group, epoch) is never reused, epochs grow, stages cover every layer exactly once
     orders      only members of a transition hear of it; they are fenced, then all remapped; an
                 instance is in one transition at a time
-    wishes      each is answered once: granted when the layout is as wished, or refused with a reason
+    wishes      each is answered once: granted when the layout is as wished, else a reason is given
     kills       nothing that makes progress is killed
     drain       complete exactly when nothing is left
 

@@ -91,7 +91,8 @@ def draw_scenario(rng: Random, limits: ScenarioLimits = ScenarioLimits()) -> Sce
     if limits.max_wishes:
         instance = _draw_parts(rng, instance)
     controller = _draw_controller(rng, limits, instance)
-    arrivals = _draw_arrivals(rng, limits, instance)
+    wishes = _draw_wishes(rng, limits, controller.num_instances)
+    arrivals = _draw_arrivals(rng, limits, instance, wishes)
     faults = draw_faults(
         rng,
         count=rng.randint(0, limits.max_faults),
@@ -100,6 +101,7 @@ def draw_scenario(rng: Random, limits: ScenarioLimits = ScenarioLimits()) -> Sce
         heartbeat_timeout_ns=controller.heartbeat_timeout_ns,
         links=limits.max_wishes > 0,
     )
+    faults = _near_wishes(rng, faults, wishes)
     drains = rng.random() < 0.25
     drain_at_ns = rng.randint(0, 2 * limits.arrivals_ns) if drains else None
     return Scenario(
@@ -109,7 +111,7 @@ def draw_scenario(rng: Random, limits: ScenarioLimits = ScenarioLimits()) -> Sce
         arrivals=arrivals,
         faults=faults,
         drain_at_ns=drain_at_ns,
-        wishes=_draw_wishes(rng, limits, controller.num_instances),
+        wishes=wishes,
         cost_factors=_draw_factors(rng, limits, controller.num_instances),
     )
 
@@ -149,6 +151,19 @@ def _draw_wishes(
     )
 
 
+def _near_wishes(
+    rng: Random, faults: tuple[Fault, ...], wishes: tuple[tuple[int, Wish], ...]
+) -> tuple[Fault, ...]:
+    """Most faults strike while layouts change."""
+    moved = []
+    for fault in faults:
+        if wishes and rng.random() < 0.7:
+            span_ns = rng.choice((20, 100, 500)) * MILLISECOND_NS
+            fault = replace(fault, at_ns=rng.choice(wishes)[0] + rng.randint(0, span_ns))
+        moved.append(fault)
+    return tuple(sorted(moved, key=lambda fault: fault.at_ns))
+
+
 def _draw_wish(rng: Random, number: int, num_instances: int) -> Wish:
     kind = rng.random()
     if kind < 0.04:
@@ -170,7 +185,13 @@ def _draw_wish(rng: Random, number: int, num_instances: int) -> Wish:
 def _draw_delays(rng: Random) -> Delays:
     """With a slow link, news of a process's end overtake what it said."""
     longest_ns = rng.choice((1, 3, 100)) * MILLISECOND_NS
-    return Delays(link=SpanNs(50 * MICROSECOND_NS, longest_ns))
+    peer_ns = rng.choice((1, 1, 50)) * MILLISECOND_NS
+    pull_ns = rng.choice((1, 5, 50)) * MILLISECOND_NS
+    return Delays(
+        link=SpanNs(50 * MICROSECOND_NS, longest_ns),
+        peer=SpanNs(20 * MICROSECOND_NS, peer_ns),
+        pull=SpanNs(100 * MICROSECOND_NS, pull_ns),
+    )
 
 
 def _draw_instance(rng: Random) -> SimInstanceConfig:
@@ -224,11 +245,18 @@ def _draw_controller(
 
 
 def _draw_arrivals(
-    rng: Random, limits: ScenarioLimits, instance: SimInstanceConfig
+    rng: Random,
+    limits: ScenarioLimits,
+    instance: SimInstanceConfig,
+    wishes: tuple[tuple[int, Wish], ...],
 ) -> tuple[Arrival, ...]:
-    """Some bursts and some single requests, with a few prefixes in common."""
+    """Some bursts and some single requests, with a few prefixes in common; where layouts change,
+    most of them right before."""
     prefixes = [_draw_tokens(rng, rng.randint(0, 20)) for _ in range(3)]
     bursts = [rng.randint(0, limits.arrivals_ns) for _ in range(3)]
+    if wishes:
+        longest_ns = rng.choice((100, 500)) * MILLISECOND_NS
+        bursts = [max(0, at_ns - rng.randint(0, longest_ns)) for at_ns, _ in wishes]
     arrivals = []
     for number in range(rng.randint(1, limits.max_requests)):
         is_burst = rng.random() < 0.6
@@ -241,7 +269,9 @@ def _draw_arrivals(
         request = Request(
             id=RequestId(f"r{number}"),
             prompt_token_ids=prompt,
-            params=_draw_params(rng, instance.scheduler.max_model_len),
+            params=_draw_params(
+                rng, instance.scheduler.max_model_len, most_tokens=60 if wishes else 24
+            ),
             arrival_ns=arrival_ns,
         )
         arrivals.append(_draw_client(rng, request))
@@ -252,15 +282,15 @@ def _draw_tokens(rng: Random, count: int) -> tuple[int, ...]:
     return tuple(rng.randrange(VOCAB_SIZE) for _ in range(count))
 
 
-def _draw_params(rng: Random, max_model_len: int) -> SamplingParams:
+def _draw_params(rng: Random, max_model_len: int, most_tokens: int) -> SamplingParams:
     is_too_large = rng.random() < 0.04
-    max_tokens = max_model_len if is_too_large else rng.randint(1, 24)
+    max_tokens = max_model_len if is_too_large else rng.randint(1, most_tokens)
     return SamplingParams(
         max_tokens=max_tokens,
         seed=rng.getrandbits(64),
         min_tokens=rng.choice((0, min(3, max_tokens))),
         stop_token_ids=rng.choice(((), (1,))),
-        ignore_eos=rng.random() < 0.6,
+        ignore_eos=rng.random() < (0.6 if most_tokens < 60 else 0.9),
     )
 
 

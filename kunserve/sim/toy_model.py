@@ -15,6 +15,7 @@ from __future__ import annotations
 import zlib
 from array import array
 from collections.abc import Iterable, Sequence
+from typing import TypeAlias
 
 from kunserve.core.actions import Payload, RunFirst, RunHead, Work
 from kunserve.core.errors import AccountingError, KunserveError
@@ -35,7 +36,7 @@ KILLER_TOKEN_ID = VOCAB_SIZE + 1
 EMBEDDING = Part(PartKind.EMBEDDING)
 HEAD = Part(PartKind.HEAD)
 
-Rows = tuple[array[int], ...]
+Rows: TypeAlias = "tuple[array[int], ...]"
 """Hidden rows of each chunk of a step, one per token."""
 
 

@@ -266,7 +266,7 @@ class World:
         """The scenario is over, all requests have ended, all instances are ready or given up."""
         if self._planned or self._laws.open_requests or self._laws.open_wishes:
             return False
-        if self._is_draining and not self._is_drained or self._controller.is_in_transition:
+        if (self._is_draining and not self._is_drained) or self._controller.is_in_transition:
             return False
         return all(
             record.state in (InstanceState.DEAD, InstanceState.DRAINED) or self._is_ready(record.id)

@@ -7,7 +7,7 @@ engine.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
 
@@ -101,13 +101,17 @@ class Engine:
         return part_checksum(self.memory.part_address(part), part_format(self.spec, part).nbytes)
 
     def load(self, part: Part) -> None:
-        """Read a part from the file into its slab, which must be mapped.
+        """Read a part from the file into its slab, which must be mapped. May run beside a step:
+        the kernels that pack it here are others than those that compute.
 
         Raises:
             ModelLoadError: the file is gone or has changed.
         """
-        with CheckpointReader(Path(self.settings.model_directory)) as reader:
-            load_part(reader, self.spec, part, self.memory.part_address(part), self.kernels)
+        with (
+            CheckpointReader(Path(self.settings.model_directory)) as reader,
+            closing(create_kernels("cpu", 1)) as kernels,
+        ):
+            load_part(reader, self.spec, part, self.memory.part_address(part), kernels)
 
     @property
     def spec(self) -> ModelSpec:
