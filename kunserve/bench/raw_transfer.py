@@ -1,13 +1,14 @@
-"""What the transfer library alone reaches between two processes: 64 MiB requests of scattered pages,
-both directions at once, as in an exchange, through the same pump without coordination."""
+"""What the transfer library alone reaches between two processes: 64 MiB requests of scattered
+pages through the same pump, without coordination."""
 
 from __future__ import annotations
 
 import multiprocessing
 import random
 import time
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kunserve.bench.client import BenchError
 from kunserve.device.arena import create_arena
@@ -33,8 +34,15 @@ class _Door(NamedTuple):
     metadata: bytes
 
 
-def raw_rate_bytes_per_s(num_requests: int) -> float:
-    """Bytes per second of both directions together, over `num_requests` in each.
+class RawRates(NamedTuple):
+    """Bytes per second: of one direction alone, and of both at once together."""
+
+    one_way: float
+    both_ways: float
+
+
+def measure_raw_rates(num_requests: int) -> RawRates:
+    """Two processes pull `num_requests` from each other.
 
     Raises:
         BenchError: a process failed.
@@ -47,24 +55,29 @@ def raw_rate_bytes_per_s(num_requests: int) -> float:
     ]
     for worker in workers:
         worker.start()
+    pipes = [ours for ours, _ in ends]
     try:
-        pipes = [ours for ours, _ in ends]
         doors = [_receive(pipe) for pipe in pipes]
         for pipe, door in zip(pipes, reversed(doors), strict=True):
             pipe.send(door)
-        for step in ("warm", "measured"):
-            for pipe in pipes:
-                pipe.send(step)
-            elapsed_s = max(_receive(pipe) for pipe in pipes)
+        _rate(pipes, num_requests)  # the first use of memory pays for page faults
+        return RawRates(_rate(pipes[:1], num_requests), _rate(pipes, num_requests))
     finally:
         for pipe, worker in zip(pipes, workers, strict=True):
             pipe.close()
             worker.join(5.0)
             worker.kill()
-    return float(2 * num_requests * REQUEST_BYTES / elapsed_s)
 
 
-def _receive(pipe: Connection) -> object:
+def _rate(pullers: Sequence[Connection], num_requests: int) -> float:
+    """Bytes per second of all `pullers` together, which pull at the same time."""
+    for pipe in pullers:
+        pipe.send("pull")
+    elapsed_s: float = max(_receive(pipe) for pipe in pullers)
+    return len(pullers) * num_requests * REQUEST_BYTES / elapsed_s
+
+
+def _receive(pipe: Connection) -> Any:
     try:
         if not pipe.poll(_TIMEOUT_S):
             raise BenchError(f"the raw transfer takes longer than {_TIMEOUT_S:.0f} s")

@@ -98,6 +98,7 @@ class Controller:
         self._groups = self._book.groups
         self._requests = self._book.requests
         self._draining = False
+        self._next_drain_split_ns = 0
         self._num_waiting = 0
         self._on_trial: RequestId | None = None  # see `_blamed`
         self._trial_ended = False
@@ -223,7 +224,11 @@ class Controller:
         return None
 
     def _may_serve(self) -> bool:
-        return any(r.state is not InstanceState.DEAD for r in self._instances.values())
+        """Somebody takes requests, or will."""
+        return any(
+            record.state is not InstanceState.DEAD and not record.is_draining
+            for record in self._instances.values()
+        )
 
     def _dispatch(self, request_id: RequestId) -> Iterator[Command]:
         """Lease a request to the best group; without any group it stays parked in the front, and
@@ -486,6 +491,7 @@ class Controller:
                 instance.last_heard_ns = now_ns
                 yield StartInstance(instance.id, instance.incarnation)
         yield from self._coordinator.tick(now_ns)
+        yield from self._free_draining(now_ns)
 
     # ------------------------------------------------------------ layouts
 
@@ -516,12 +522,23 @@ class Controller:
         instance.is_draining = True
         yield AnswerWish(event.wish, True, f"instance {instance.id} is draining")
         yield from self._settle_drain(instance)
-        group = self._book.group_of(instance.id)
-        if group is not None and len(group.group.stages) > 1:
-            kept = [g.instances for g in self._book.layout.groups if g.id != group.id]
-            wish = (*kept, *((i,) for i in group.group.instances))
-            why = f"drain of instance {instance.id}"
-            yield from self._coordinator.wish(-1, WishKind.LAYOUT, wish, why, now_ns)
+        yield from self._free_draining(now_ns)
+
+    def _free_draining(self, now_ns: int) -> Iterator[Command]:
+        """Split groups with an instance that drains, as soon as it is possible."""
+        if self._coordinator.is_busy or now_ns < self._next_drain_split_ns:
+            return
+        groups = self._book.layout.groups
+        draining = {i for i, record in self._instances.items() if record.is_draining}
+        bound = sorted(i for g in groups if len(g.stages) > 1 for i in draining & {*g.instances})
+        if bound:
+            self._next_drain_split_ns = now_ns + self._config.answer_timeout_ns
+            wish: list[tuple[InstanceId, ...]] = []
+            for group in groups:
+                has_draining = bool(draining & {*group.instances})
+                wish += ((i,) for i in group.instances) if has_draining else (group.instances,)
+            why = f"drain of instances {', '.join(map(str, bound))}"
+            yield from self._coordinator.wish(-1, WishKind.LAYOUT, tuple(wish), why, now_ns)
 
     def _settle_drain(self, instance: InstanceRecord) -> Iterator[Command]:
         """A draining whole instance gets nothing new, and leaves the layout when it is empty."""

@@ -199,9 +199,7 @@ class Coordinator:
             return
         serving = self._book.layout.groups
         try:
-            wished = groups
-            if kind is not WishKind.LAYOUT:
-                wished = drop_all(serving) if kind is WishKind.DROP else restore_all(serving)
+            wished = self._wanted(kind, groups)
             shape = self._shape()
             next_step(shape, serving, wished, self._cost(), self._typical(wished))
         except LayoutError as error:
@@ -217,6 +215,27 @@ class Coordinator:
                 yield from self._signal(active, Signal.NEW_WISH, now_ns)
         yield from self._pursue(now_ns)
 
+    def _wanted(self, kind: WishKind, groups: Wish) -> Wish:
+        """The partition that is wished, of the instances that serve now. Those that drain stay, or
+        become, whole instances.
+
+        Raises:
+            LayoutError: one of them is wished into a larger group.
+        """
+        serving = self._book.layout.groups
+        draining = [i for i, record in self._book.instances.items() if record.is_draining]
+        if kind is WishKind.RESTORE:
+            return restore_all(serving)
+        if kind is WishKind.DROP:
+            whole = [group for group in restore_all(serving) if group[0] in draining]
+            others = tuple(i for i in drop_all(serving)[0] if i not in draining)
+            return (*whole, others) if others or not whole else tuple(whole)
+        for group in groups:
+            for instance in group:
+                if instance in draining and len(group) > 1:
+                    raise LayoutError(f"instance {instance} is draining; leave it by itself")
+        return groups
+
     def withdraw(self, message: str) -> Commands:
         """The wish that is being carried out will not come true."""
         if self._pursuit is not None:
@@ -229,10 +248,8 @@ class Coordinator:
         if pursuit is None or self._active:
             return
         groups = self._book.layout.groups
-        if pursuit.kind is not WishKind.LAYOUT:  # instances may have come or gone meanwhile
-            wishes = drop_all if pursuit.kind is WishKind.DROP else restore_all
-            pursuit.groups = wishes(groups)
         try:
+            pursuit.groups = self._wanted(pursuit.kind, pursuit.groups)
             typical = self._typical(pursuit.groups)
             step = next_step(self._shape(), groups, pursuit.groups, self._cost(), typical)
         except LayoutError as error:
@@ -546,6 +563,7 @@ class Coordinator:
         pages = self._given_up(active)
         told = [i for i in transition.members if self._book.instances[i].is_alive]
         if pages:
+            self._forget_regrows(transition.sources)  # members answer the last one
             deadline_ns = now_ns + self._book.config.long_timeout_ns
             regrow = Regrow(transition.sources[0], pages, set(told), deadline_ns)
             self._regrows[transition.id] = regrow
@@ -562,6 +580,10 @@ class Coordinator:
         record = self._book.groups.get(active.transition.sources[0].id)
         is_split = active.transition.kind is TransitionKind.SPLIT
         return record.pages if is_split and record is not None else ()
+
+    def _forget_regrows(self, groups: tuple[Group, ...]) -> None:
+        ids = {group.id for group in groups}
+        self._regrows = {t: r for t, r in self._regrows.items() if r.group.id not in ids}
 
     # ------------------------------------------------------------ COMMIT
 
@@ -670,6 +692,7 @@ class Coordinator:
             for request_id in self._book.groups[group.id].requests
         ]
         self._book.replace_groups(transition.sources, records)
+        self._forget_regrows(transition.sources)
         for request_id in leased:
             # Not in a leader's report: it never had the lease, and the request starts anew.
             _, target = active.adopted.get(request_id, (None, 0))
@@ -805,9 +828,11 @@ class Coordinator:
 
     def lost(self, instance: InstanceId, reason: str, now_ns: int) -> Commands:
         """A member died; its groups are out of the layout already."""
-        for transition, regrow in tuple(self._regrows.items()):
-            if instance in regrow.group.instances:
-                del self._regrows[transition]
+        self._regrows = {
+            t: regrow
+            for t, regrow in self._regrows.items()
+            if instance not in regrow.group.instances
+        }
         active = self._transition_of(instance)
         if active is not None:
             active.transition.reason = f"instance {instance} was lost: {reason}"
@@ -838,7 +863,7 @@ class Coordinator:
             silent_ns = now_ns - active.progress_ns
             if silent_ns > config.move_timeout_ns:
                 active.progress_ns = now_ns  # one kill at a time
-                yield from self._kill_stuck(active, silent_ns)
+                yield from self._kill_stuck(active, silent_ns, now_ns)
             return
         if now_ns <= transition.deadline_ns:
             return
@@ -853,14 +878,19 @@ class Coordinator:
             reason = f"no answer in {transition.state.value} of transition {transition.id}"
             yield KillInstance(instance, incarnation, reason)
 
-    def _kill_stuck(self, active: Active, silent_ns: int) -> Commands:
-        """The exchange stands still: end whom most wait for, or who waits for nobody."""
+    def _kill_stuck(self, active: Active, silent_ns: int, now_ns: int) -> Commands:
+        """The exchange stands still: end who has said nothing for long, else whom most wait for,
+        else who waits for nobody."""
+        instances = self._book.instances
         waiting = sorted(active.transition.waiting_for)
         reports = [active.progress[i] for i in waiting if i in active.progress]
         sources = [r.waits_for for r in reports if r.waits_for is not None]
-        silent = [i for i in waiting if i not in active.progress]
-        stuck = max(sources, key=sources.count) if sources else (*silent, *waiting)[0]
-        record = self._book.instances[stuck]
+        unheard = [i for i in waiting if i not in active.progress]
+        stuck = max(sources, key=sources.count) if sources else (*unheard, *waiting)[0]
+        quietest = min((*waiting, *sources), key=lambda i: instances[i].last_heard_ns)
+        if now_ns - instances[quietest].last_heard_ns > self._book.config.move_timeout_ns // 2:
+            stuck = quietest
+        record = instances[stuck]
         reason = f"the exchange stood still for {silent_ns / SECOND_NS:.1f} s"
         yield KillInstance(stuck, record.incarnation, reason)
 

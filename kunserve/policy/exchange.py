@@ -360,8 +360,11 @@ def home_pages(
     for member in members:
         gained = len(member.layers_then) - len(_overlap(member.layers_now, member.layers_then))
         weight = total * len(member.layers_now) + (most[member.target] * gained if gather else 0)
+        room_pages = member.kv_pages_both
+        if not gather:  # all of it arrives after COMMIT, and that takes an escrow
+            room_pages = min(room_pages, member.kv_pages_then - gained)
         if weight:
-            share = min(share, max(0, member.kv_pages_both) / weight)
+            share = min(share, max(0, room_pages) / weight)
     return tuple(int(pages * share) for pages in most)
 
 

@@ -772,7 +772,7 @@ class Member:
         )
 
     def _on_remap(self, message: Remap, now_ns: int) -> None:
-        """Pages change owner: what goes is unmapped, then parts; then new pages are mapped."""
+        """Pages change owner: those of parts and KV that go become new KV."""
         if message.transition != self._transition or not self._is_frozen:
             return
         memory, wanted_parts = self._memory, self._stage_parts(message.group)
@@ -787,13 +787,10 @@ class Member:
             wanted = keep.get(layer, set()) | (fresh if layer in layers else set())
             given[layer] = runs_of(now - wanted)
             mapped[layer] = runs_of(wanted - now)
-        before = memory.free_pages
-        memory.unmap_kv_many({layer: runs for layer, runs in given.items() if runs})
-        for part in memory.held_parts:
-            if part not in wanted_parts:
-                memory.release_part(part)
-        remapped = memory.free_pages - before
-        memory.map_kv_many({layer: runs for layer, runs in mapped.items() if runs})
+        dropped = [part for part in memory.held_parts if part not in wanted_parts]
+        remapped = sum(memory.plan.part_pages[part] for part in dropped)
+        remapped += sum(run.count for runs in given.values() for run in runs)
+        memory.remap(dropped, given, mapped)
         memory.set_escrow(message.escrow_pages)
         self._mover.expect_departures(message.departures)
         self._join(message.group)

@@ -9,14 +9,14 @@ Each method moves pages in both together: when one refuses, the other is as it w
 gives it an arena (`kunserve.worker.memory`), the simulator a table. Source: paper mechanism 3,
 design section 3.
 
-    drop       release_part, then map_kv of what became free
+    drop       remap: parts and KV go, KV takes their pages over
     exchange   set_escrow; map_kv(arriving=True) and unmap_kv, page by page; set_escrow(0)
     restore    begin_incoming, finish_incoming; unmap_kv of tails, map_kv of KV that comes home
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Protocol
 
@@ -40,9 +40,7 @@ from kunserve.policy.pages import (
     merge_range_runs,
     physical_runs,
 )
-
-LayerRun = tuple[int, PageRun]
-"""Range pages of one layer."""
+from kunserve.policy.remapping import Choice, LayerRun, ShownRun, choose_pages
 
 
 class PageMapper(Protocol):
@@ -52,12 +50,13 @@ class PageMapper(Protocol):
     ended all work on pages that it unmaps.
     """
 
-    def map_part(self, part: Part, runs: Sequence[PageRun]) -> None:
-        """Show physical `runs`, one after the other, from the start of the slab of `part` on."""
+    def map_part(self, part: Part, runs: Sequence[PageRun], slab_offset: int = 0) -> None:
+        """Show physical `runs`, one after the other, from page `slab_offset` of the slab of `part`
+        on, where a hole is."""
         ...
 
-    def unmap_part(self, part: Part, num_pages: int) -> None:
-        """Put a hole over the first `num_pages` of the slab of `part`, which are all mapped."""
+    def unmap_part(self, part: Part, num_pages: int, slab_offset: int = 0) -> None:
+        """Put a hole over `num_pages` of the slab of `part`, which are all mapped."""
         ...
 
     def map_kv(self, layer: int, range_page: int, runs: Sequence[PageRun]) -> None:
@@ -66,6 +65,19 @@ class PageMapper(Protocol):
 
     def unmap_kv(self, layer: int, range_page: int, count: int) -> None:
         """Put a hole over `count` mapped range pages of `layer`."""
+        ...
+
+    def move_part_to_kv(
+        self, part: Part, slab_offset: int, layer: int, range_page: int, count: int
+    ) -> None:
+        """Show what `count` pages of a slab show at range pages of `layer` instead, which are
+        holes; the slab has a hole then. Where the device can, they fault no more."""
+        ...
+
+    def move_kv(
+        self, layer: int, range_page: int, to_layer: int, to_range_page: int, count: int
+    ) -> None:
+        """The same from range pages of one layer to those of another one or the same."""
         ...
 
     def poison(self, run: PageRun) -> None:
@@ -365,6 +377,58 @@ class MemoryBook:
         """
         self.unmap_kv_many({layer: self.kv_runs(layer) for layer in range(self.plan.num_layers)})
 
+    # -- all at once
+
+    def remap(
+        self,
+        drop: Collection[Part],
+        give: Mapping[int, Iterable[PageRun]],
+        want: Mapping[int, Iterable[PageRun]],
+    ) -> int:
+        """`unmap_kv_many(give)`, `release_part` of `drop` and `map_kv_many(want)` in one: their
+        pages go straight to `want` as far as they are needed there, the others become free.
+
+        Moved pages fault no more at their new address where the mapper can do that: slabs have
+        been touched everywhere, so they are taken before KV, and free pages come last.
+
+        Returns:
+            How many pages were moved. The others of `want` were free.
+
+        Raises:
+            AccountingError: a part is not held; no such layer or range page, one is named twice,
+                given but not mapped or wanted but mapped (even if it is given, too); or there are
+                not enough pages.
+            Other errors: the mapper's; nothing was changed.
+        """
+        for part in drop:
+            if not self.holds(part):
+                raise AccountingError(f"{part} is not held")
+        dropped = [part for part in self.plan.part_pages if part in drop]
+        given, wanted = self._places(give), self._places(want)
+        for layer, run in given:
+            self._backing(layer, run)
+        for layer, run in wanted:
+            if self.ledger.extents(layer, run):
+                raise AccountingError(f"not all of {run} of layer {layer} are holes")
+        slabs = [shown for part in dropped for shown in self._slab_runs(part)]
+        kv = [shown for layer, run in given for shown in self._kv_runs(layer, run)]
+        free = [ShownRun(None, 0, run) for run in self.ledger.runs(FREE)]
+        self._check_room(wanted, (*slabs, *kv))
+        choice = choose_pages(wanted, (slabs, kv, free))
+        with ExitStack() as undo:
+            self._carry_out(choice, undo)
+            for layer, run in given:
+                self.ledger.remove(layer, (run,))
+            for part in dropped:
+                self.ledger.give(PartPages(part))
+            if choice.moves:
+                self.ledger.place_at(to for _, to in choice.moves)
+            undo.pop_all()
+        self._poison(shown.run for shown in (*slabs, *kv))
+        self._poison(source.run for source, _ in choice.moves if source.place is None)
+        self._refill_escrow()
+        return choice.moved_pages
+
     def set_escrow(self, pages: int) -> None:
         """Keep `pages` pages in escrow from now on, taken from the free ones; 0 ends it.
 
@@ -497,6 +561,65 @@ class MemoryBook:
                 self.ledger.remove(layer, (run,), target)
             undo.pop_all()
         return [run for runs in backing for run in runs]
+
+    def _slab_runs(self, part: Part) -> list[ShownRun]:
+        """What the slab of a held part shows, in its order."""
+        shown: list[ShownRun] = []
+        at = 0
+        for run in self.ledger.runs(PartPages(part)):
+            shown.append(ShownRun(part, at, run))
+            at += run.count
+        return shown
+
+    def _kv_runs(self, layer: int, within: PageRun) -> list[ShownRun]:
+        """What range pages of `layer` show."""
+        return [
+            ShownRun(layer, extent.range_page, PageRun(extent.physical_page, extent.count))
+            for extent in self.ledger.extents(layer, within)
+        ]
+
+    def _check_room(self, wanted: Sequence[LayerRun], leaving: Sequence[ShownRun]) -> None:
+        """What leaves fills up escrow first, as everywhere."""
+        pages = sum(run.count for _, run in wanted)
+        missing = max(0, self._escrow_target_pages - self.escrow_pages)
+        freed = sum(shown.run.count for shown in leaving)
+        if pages > max(0, self.free_pages + freed - missing):
+            raise AccountingError(
+                f"{pages} pages wanted, {self.free_pages} free, {freed} become free, "
+                f"{missing} of them for escrow"
+            )
+
+    def _carry_out(self, choice: Choice, undo: ExitStack) -> None:
+        """In the mapper: what is left over goes first, which makes room for mappings."""
+        for shown in choice.left:
+            self._unmap_shown(shown, undo)
+        for source, to in choice.moves:
+            self._move(source, to, undo)
+
+    def _unmap_shown(self, shown: ShownRun, undo: ExitStack) -> None:
+        place, count, runs = shown.place, shown.run.count, (shown.run,)
+        if isinstance(place, Part):
+            self._mapper.unmap_part(place, count, shown.at)
+            undo.callback(self._mapper.map_part, place, runs, shown.at)
+        elif place is not None:
+            self._mapper.unmap_kv(place, shown.at, count)
+            undo.callback(self._mapper.map_kv, place, shown.at, runs)
+
+    def _move(self, source: ShownRun, to: KvExtent, undo: ExitStack) -> None:
+        """The way back shows the pages in both places before they leave `to`, as the way there
+        does: the mapper has had all those states, so it cannot refuse them."""
+        place, runs = source.place, (source.run,)
+        if isinstance(place, Part):
+            self._mapper.move_part_to_kv(place, source.at, to.layer, to.range_page, to.count)
+        elif place is not None:
+            self._mapper.move_kv(place, source.at, to.layer, to.range_page, to.count)
+        else:
+            self._mapper.map_kv(to.layer, to.range_page, runs)
+        undo.callback(self._mapper.unmap_kv, to.layer, to.range_page, to.count)
+        if isinstance(place, Part):
+            undo.callback(self._mapper.map_part, place, runs, source.at)
+        elif place is not None:
+            undo.callback(self._mapper.map_kv, place, source.at, runs)
 
     def _refill_escrow(self) -> None:
         missing = min(self._escrow_target_pages - self.escrow_pages, self.free_pages)

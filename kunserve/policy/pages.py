@@ -283,6 +283,35 @@ class PageLedger:
         self._set_owned(owner, self.pages(owner) + count)
         return placed
 
+    def place_at(self, extents: Iterable[KvExtent]) -> None:
+        """Free pages that the caller has chosen become KV where `extents` say.
+
+        Raises:
+            AccountingError: a page is not free, a page or range page is named twice, a range page
+                is there already, or there is nothing to place.
+        """
+        wanted: dict[int, list[KvExtent]] = {}
+        for extent in extents:
+            wanted.setdefault(extent.layer, []).append(extent)
+        chosen = _chosen_runs(extent for placed in wanted.values() for extent in placed)
+        self._check_free(chosen)
+        for layer, placed in wanted.items():
+            runs = merge_range_runs(PageRun(extent.range_page, extent.count) for extent in placed)
+            self._check_move(FREE, KvPages(layer), sum(run.count for run in runs))
+            for run in runs:
+                present = self.extents(layer, run)
+                if present:
+                    raise AccountingError(
+                        f"cannot place {run} of layer {layer}: {present[0]} is there"
+                    )
+        self._take_chosen(chosen)
+        for layer, placed in wanted.items():
+            owner = KvPages(layer)
+            known = self._extents.setdefault(owner, [])
+            for extent in placed:
+                _replace(known, PageRun(extent.range_page, extent.count), (extent,))
+            self._set_owned(owner, self.pages(owner) + sum(extent.count for extent in placed))
+
     def remove(
         self, layer: int, range_runs: Iterable[PageRun], target: Owner = FREE
     ) -> tuple[KvExtent, ...]:
@@ -481,6 +510,32 @@ class PageLedger:
         ]
         return [PageRun(start, taken) for start, taken in sorted(used.items())]
 
+    def _free_run_at(self, page: int) -> int:
+        """Position of the last free run that begins at or before `page`; -1: none does."""
+        return bisect_right(self._runs[FREE], page, key=_run_start) - 1
+
+    def _check_free(self, chosen: Sequence[PageRun]) -> None:
+        free = self._runs[FREE]
+        if not chosen:
+            raise AccountingError("there is nothing to place")
+        for run in chosen:
+            position = self._free_run_at(run.start)
+            if position < 0 or free[position].stop < run.stop:
+                raise AccountingError(f"not all of {run} is free")
+
+    def _take_chosen(self, chosen: Sequence[PageRun]) -> None:
+        """Take runs off the free ones, in which they are."""
+        free = self._runs[FREE]
+        for run in chosen:
+            position = self._free_run_at(run.start)
+            found = free[position]
+            ends = (
+                PageRun(found.start, run.start - found.start),
+                PageRun(run.stop, found.stop - run.stop),
+            )
+            free[position : position + 1] = [end for end in ends if end.count]
+        self._set_owned(FREE, self.free_pages - sum(run.count for run in chosen))
+
     def _take_last(self, source: Owner, count: int) -> list[PageRun]:
         runs = self._runs[source]
         taken: list[PageRun] = []
@@ -530,6 +585,21 @@ def physical_runs(extents: Iterable[KvExtent]) -> tuple[PageRun, ...]:
     runs: list[PageRun] = []
     _append_runs(runs, (PageRun(extent.physical_page, extent.count) for extent in extents))
     return tuple(runs)
+
+
+def _chosen_runs(extents: Iterable[KvExtent]) -> tuple[PageRun, ...]:
+    """The physical pages of `extents`, ascending, neighbours joined."""
+    runs = sorted(PageRun(extent.physical_page, extent.count) for extent in extents)
+    for low, high in pairwise(runs):
+        if low.stop > high.start:
+            raise AccountingError(f"physical page {high.start} is named twice")
+    merged: list[PageRun] = []
+    _append_runs(merged, runs)
+    return tuple(merged)
+
+
+def _run_start(run: PageRun) -> int:
+    return run.start
 
 
 def _append_runs(runs: list[PageRun], added: Iterable[PageRun]) -> None:

@@ -533,6 +533,10 @@ class SimInstance:
             digest.update(self.pages.cells[start:stop].tobytes())
         return digest.hexdigest()
 
+    def mapped_pages(self) -> frozenset[int]:
+        """Range pages that are backed in some layer."""
+        return frozenset(page for shown in self._mapper.kv for page in shown)
+
     def holds_its_stage(self) -> bool:
         """Between transitions: exactly the parts of its stage are held, their weights are all
         there, and every page is backed in all its layers or in none."""

@@ -181,12 +181,17 @@ class Laws:
     def instance_killed_by(self, request_id: RequestId) -> None:
         """A process ended because it computed this request.
 
+        While another request is on trial, the loss is put down to that one, which ends with it: so
+        each other killer may hide one death of this one.
+
         Raises:
             LawBrokenError: it was let loose on too many.
         """
         stream = self._streams[request_id]
         stream.deaths += 1
-        _law(stream.deaths <= self._max_losses, f"{request_id} ended {stream.deaths} instances")
+        killers = sum(KILLER_TOKEN_ID in s.request.prompt_token_ids for s in self._streams.values())
+        most = self._max_losses + max(0, killers - 1)
+        _law(stream.deaths <= most, f"{request_id} ended {stream.deaths} instances")
 
     # ------------------------------------------------------------ what came out
 

@@ -20,6 +20,9 @@ from kunserve.core.memory import KvExtent, PageRun, pages_of
 POISON = -1
 """A cell that nobody has written since the page changed its owner."""
 
+HOLE = -1
+"""A page of a slab, of which others are mapped, that shows nothing."""
+
 PageTag = tuple[Part, int]
 """Page `[1]` of the weights of part `[0]`."""
 
@@ -78,19 +81,21 @@ class TableMapper:
 
     # ------------------------------------------------------------ PageMapper
 
-    def map_part(self, part: Part, runs: Sequence[PageRun]) -> None:
-        """Show physical `runs` at the slab of `part`, which is a hole."""
-        if part in self.parts:
+    def map_part(self, part: Part, runs: Sequence[PageRun], slab_offset: int = 0) -> None:
+        """Show physical `runs` at the slab of `part`, where holes are."""
+        pages, slab = pages_of(runs), list(self.parts.get(part, ()))
+        stop = slab_offset + len(pages)
+        slab += [HOLE] * (stop - len(slab))
+        if any(page != HOLE for page in slab[slab_offset:stop]):
             raise AccountingError(f"the slab of {part} is no hole")
         self.version += 1
-        self.parts[part] = pages_of(runs)
+        slab[slab_offset:stop] = pages
+        self.parts[part] = slab
 
-    def unmap_part(self, part: Part, num_pages: int) -> None:
-        """Put a hole over the slab of `part`."""
-        if len(self.parts.get(part, ())) != num_pages:
-            raise AccountingError(f"{num_pages} pages of {part} are unmapped, others are mapped")
+    def unmap_part(self, part: Part, num_pages: int, slab_offset: int = 0) -> None:
+        """Put a hole over mapped pages of the slab of `part`."""
+        self._leave_slab(part, slab_offset, num_pages)
         self.version += 1
-        del self.parts[part]
 
     def map_kv(self, layer: int, range_page: int, runs: Sequence[PageRun]) -> None:
         """Show physical `runs` from `range_page` on, where holes are."""
@@ -108,6 +113,38 @@ class TableMapper:
         self.version += 1
         for page in gone:
             del self.kv[layer][page]
+
+    def move_part_to_kv(
+        self, part: Part, slab_offset: int, layer: int, range_page: int, count: int
+    ) -> None:
+        """Show pages of the slab of `part` in `layer` instead, where holes are."""
+        if self.kv[layer].keys() & set(range(range_page, range_page + count)):
+            raise AccountingError(f"layer {layer} has no hole at {range_page}")
+        pages = self._leave_slab(part, slab_offset, count)
+        self.map_kv(layer, range_page, [PageRun(page, 1) for page in pages])
+
+    def move_kv(
+        self, layer: int, range_page: int, to_layer: int, to_range_page: int, count: int
+    ) -> None:
+        """Show range pages of `layer` in `to_layer` instead, where holes are."""
+        shown = self.kv[layer]
+        pages = [shown.get(page, HOLE) for page in range(range_page, range_page + count)]
+        if HOLE in pages:
+            raise AccountingError(f"layer {layer} has a hole at {range_page}")
+        self.map_kv(to_layer, to_range_page, [PageRun(page, 1) for page in pages])
+        self.unmap_kv(layer, range_page, count)
+
+    def _leave_slab(self, part: Part, slab_offset: int, count: int) -> list[int]:
+        slab = list(self.parts.get(part, ()))
+        pages = slab[slab_offset : slab_offset + count]
+        if len(pages) != count or HOLE in pages:
+            raise AccountingError(f"pages of {part} are unmapped that are not mapped")
+        slab[slab_offset : slab_offset + count] = [HOLE] * count
+        if all(page == HOLE for page in slab):
+            del self.parts[part]
+        else:
+            self.parts[part] = slab
+        return pages
 
     def poison(self, run: PageRun) -> None:
         """Contents of these pages are gone."""

@@ -229,7 +229,7 @@ def _draw_controller(
         num_layers=instance.num_layers,
         block_size=instance.scheduler.block_size,
         max_model_len=instance.scheduler.max_model_len,
-        max_num_queued_reqs=rng.choice((3, 10, 1000)),
+        max_num_queued_reqs=rng.choice((20, 1000) if limits.max_wishes else (3, 10, 1000)),
         heartbeat_timeout_ns=rng.randint(4, 10) * SECOND_NS,
         restart_backoff_ns=rng.randint(100, 1000) * MILLISECOND_NS,
         stable_ns=rng.choice((2, 60)) * SECOND_NS,
@@ -258,8 +258,9 @@ def _draw_arrivals(
         longest_ns = rng.choice((100, 500)) * MILLISECOND_NS
         bursts = [max(0, at_ns - rng.randint(0, longest_ns)) for at_ns, _ in wishes]
     arrivals = []
-    for number in range(rng.randint(1, limits.max_requests)):
-        is_burst = rng.random() < 0.6
+    least = limits.max_requests // 2 if wishes else 1
+    for number in range(rng.randint(least, limits.max_requests)):
+        is_burst = rng.random() < (0.9 if wishes else 0.6)
         arrival_ns = rng.choice(bursts) if is_burst else rng.randint(0, limits.arrivals_ns)
         prompt = rng.choice(prefixes) + _draw_tokens(rng, rng.randint(1, 12))
         if rng.random() < limits.poison_share:
@@ -270,7 +271,7 @@ def _draw_arrivals(
             id=RequestId(f"r{number}"),
             prompt_token_ids=prompt,
             params=_draw_params(
-                rng, instance.scheduler.max_model_len, most_tokens=60 if wishes else 24
+                rng, instance.scheduler.max_model_len, most_tokens=40 if wishes else 24
             ),
             arrival_ns=arrival_ns,
         )
@@ -290,7 +291,7 @@ def _draw_params(rng: Random, max_model_len: int, most_tokens: int) -> SamplingP
         seed=rng.getrandbits(64),
         min_tokens=rng.choice((0, min(3, max_tokens))),
         stop_token_ids=rng.choice(((), (1,))),
-        ignore_eos=rng.random() < (0.6 if most_tokens < 60 else 0.9),
+        ignore_eos=rng.random() < (0.6 if most_tokens < 40 else 0.9),
     )
 
 

@@ -42,7 +42,7 @@ from kunserve.core.events import (
 )
 from kunserve.core.ids import InstanceId, RequestId
 from kunserve.core.transition import PeerAddress, PeerMessage, TransitionOrder
-from kunserve.policy.book import InstanceState
+from kunserve.policy.book import InstanceRecord, InstanceState
 from kunserve.policy.controller import Controller
 from kunserve.sim.faults import (
     Crash,
@@ -269,9 +269,15 @@ class World:
         if (self._is_draining and not self._is_drained) or self._controller.is_in_transition:
             return False
         return all(
-            record.state in (InstanceState.DEAD, InstanceState.DRAINED) or self._is_ready(record.id)
+            record.state is InstanceState.DEAD
+            or self._is_drained_for_good(record)
+            or (self._is_ready(record.id) and not record.is_draining)
             for record in self._controller.instances()
         )
+
+    def _is_drained_for_good(self, record: InstanceRecord) -> bool:
+        is_alive = self.living(record.id, record.incarnation) is not None
+        return record.state is InstanceState.DRAINED and is_alive
 
     def _is_ready(self, instance: InstanceId) -> bool:
         """Controller and process agree that it serves, and it has nothing to do."""
@@ -338,11 +344,12 @@ class World:
 
     def _facts(self) -> FrontFacts:
         controller = self._scenario.controller
-        has_given_up = not self._processes and all(
-            self._losses[InstanceId(index)] > controller.max_restarts
-            for index in range(controller.num_instances)
-        )
         draining = [r.id for r in self._controller.instances() if r.is_draining]
+        has_given_up = all(
+            index in draining
+            or (index not in self._processes and self._losses[index] > controller.max_restarts)
+            for index in map(InstanceId, range(controller.num_instances))
+        )
         return FrontFacts(
             self._is_draining, has_given_up, self._controller.layout, frozenset(draining)
         )

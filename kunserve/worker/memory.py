@@ -66,13 +66,13 @@ class ArenaMapper:
 
     # -- PageMapper; each refuses with ArenaError and changes nothing then
 
-    def map_part(self, part: Part, runs: Sequence[PageRun]) -> None:
-        """Show physical `runs` from the start of the slab of `part` on."""
-        self._arena.map(self.slab(part), 0, runs)
+    def map_part(self, part: Part, runs: Sequence[PageRun], slab_offset: int = 0) -> None:
+        """Show physical `runs` from page `slab_offset` of the slab of `part` on."""
+        self._arena.map(self.slab(part), slab_offset, runs)
 
-    def unmap_part(self, part: Part, num_pages: int) -> None:
-        """Put a hole over the first `num_pages` of the slab of `part`."""
-        self._arena.unmap(self.slab(part), 0, num_pages)
+    def unmap_part(self, part: Part, num_pages: int, slab_offset: int = 0) -> None:
+        """Put a hole over `num_pages` of the slab of `part`."""
+        self._arena.unmap(self.slab(part), slab_offset, num_pages)
 
     def map_kv(self, layer: int, range_page: int, runs: Sequence[PageRun]) -> None:
         """Show physical `runs` from `range_page` of `layer` on."""
@@ -81,6 +81,19 @@ class ArenaMapper:
     def unmap_kv(self, layer: int, range_page: int, count: int) -> None:
         """Put a hole over `count` range pages of `layer`."""
         self._arena.unmap(self.kv_range(layer), range_page, count)
+
+    def move_part_to_kv(
+        self, part: Part, slab_offset: int, layer: int, range_page: int, count: int
+    ) -> None:
+        """Show `count` pages of the slab of `part` in the KV range of `layer` instead."""
+        self._arena.remap(self.slab(part), slab_offset, self.kv_range(layer), range_page, count)
+
+    def move_kv(
+        self, layer: int, range_page: int, to_layer: int, to_range_page: int, count: int
+    ) -> None:
+        """Show `count` range pages of `layer` in the KV range of `to_layer` instead."""
+        source, target = self.kv_range(layer), self.kv_range(to_layer)
+        self._arena.remap(source, range_page, target, to_range_page, count)
 
     def poison(self, run: PageRun) -> None:
         """Fill physical pages with NaN."""

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -367,7 +367,7 @@ async def stream_answer(
     async with client.stream("POST", "/v1/completions", json=wanted) as response:
         if response.status_code != 200:
             raise AssertionError((await response.aread()).decode())
-        async for line in response.aiter_lines():
+        async for line in _lines(response):
             assert not (line and done), "something follows [DONE]"
             if line == "data: [DONE]":
                 done = True
@@ -377,6 +377,16 @@ async def stream_answer(
                 return
     assert done, "the stream broke off"
     assert len(answer.finishes) == 1, answer.finishes
+
+
+async def _lines(response: httpx.Response) -> AsyncIterator[str]:
+    """Lines that end by \\n. httpx's own end by any of Unicode's separators, in texts as well."""
+    rest = b""
+    async for piece in response.aiter_bytes():
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            yield line.decode()
+    assert not rest, "the stream ends in the middle of a line"
 
 
 def _take_event(event: dict[str, Any], answer: Answer) -> None:

@@ -27,6 +27,7 @@ from kunserve.policy.pages import (
     SlotMap,
     TransferId,
 )
+from kunserve.policy.remapping import ShownRun, choose_pages
 
 NUM_LAYERS = 4
 EMBEDDING = Part(PartKind.EMBEDDING)
@@ -44,6 +45,7 @@ PLAN = MemoryPlan(GEOMETRY, NUM_LAYERS, NUM_PAGES, PART_PAGES, PARTS, KV_PAGES)
 TRANSFER = TransferId(1)
 
 POISON = "poison"
+HOLE = -1
 
 
 class RefusedError(Exception):
@@ -61,15 +63,19 @@ class TableMapper:
         self.refused_call = 0
         """Counted from 1; 0: none. It refuses once, so that what was done can be undone."""
 
-    def map_part(self, part: Part, runs: Sequence[PageRun]) -> None:
-        assert part not in self.parts, "the slab is not a hole"
+    def map_part(self, part: Part, runs: Sequence[PageRun], slab_offset: int = 0) -> None:
+        pages, slab = pages_of(runs), list(self.parts.get(part, []))
+        stop = slab_offset + len(pages)
+        slab += [HOLE] * (stop - len(slab))
+        assert set(slab[slab_offset:stop]) == {HOLE}, "the slab is not a hole"
         self._call(f"map {part}")
-        self.parts[part] = pages_of(runs)
+        slab[slab_offset:stop] = pages
+        self.parts[part] = slab
 
-    def unmap_part(self, part: Part, num_pages: int) -> None:
-        assert len(self.parts[part]) == num_pages
+    def unmap_part(self, part: Part, num_pages: int, slab_offset: int = 0) -> None:
+        assert HOLE not in self._slab_pages(part, slab_offset, num_pages), "a hole is unmapped"
         self._call(f"unmap {part}")
-        del self.parts[part]
+        self._leave_slab(part, slab_offset, num_pages)
 
     def map_kv(self, layer: int, range_page: int, runs: Sequence[PageRun]) -> None:
         pages = dict(enumerate(pages_of(runs), start=range_page))
@@ -85,6 +91,41 @@ class TableMapper:
         self._call(f"unmap kv {layer}")
         for page in gone:
             del self.kv[layer][page]
+
+    def move_part_to_kv(
+        self, part: Part, slab_offset: int, layer: int, range_page: int, count: int
+    ) -> None:
+        pages = self._slab_pages(part, slab_offset, count)
+        assert HOLE not in pages, "a hole is moved"
+        self._call(f"move {count} of {part} to kv {layer}")
+        self._leave_slab(part, slab_offset, count)
+        self._show(layer, range_page, pages)
+
+    def move_kv(
+        self, layer: int, range_page: int, to_layer: int, to_range_page: int, count: int
+    ) -> None:
+        pages = [self.kv[layer][page] for page in range(range_page, range_page + count)]
+        self._call(f"move {count} of kv {layer} to kv {to_layer}")
+        self._show(to_layer, to_range_page, pages)
+        for page in range(range_page, range_page + count):
+            del self.kv[layer][page]
+
+    def _slab_pages(self, part: Part, slab_offset: int, count: int) -> list[int]:
+        pages = self.parts[part][slab_offset : slab_offset + count]
+        assert len(pages) == count > 0
+        return pages
+
+    def _leave_slab(self, part: Part, slab_offset: int, count: int) -> None:
+        slab = list(self.parts.pop(part))
+        slab[slab_offset : slab_offset + count] = [HOLE] * count
+        if set(slab) != {HOLE}:
+            self.parts[part] = slab
+
+    def _show(self, layer: int, range_page: int, physical: Sequence[int]) -> None:
+        pages = dict(enumerate(physical, start=range_page))
+        shown = self.kv.setdefault(layer, {})
+        assert not shown.keys() & pages.keys(), "the range is not a hole"
+        shown.update(pages)
 
     def poison(self, run: PageRun) -> None:
         for page in run:
@@ -195,6 +236,113 @@ def test_a_drop_maps_in_runs(book: MemoryBook, mapper: TableMapper) -> None:
     book.check()
 
 
+def test_a_remap_moves_what_it_can(book: MemoryBook, mapper: TableMapper) -> None:
+    mapper.calls.clear()
+    mapper.contents = dict.fromkeys(range(NUM_PAGES), "written")
+    give = dict.fromkeys((2, 3), book.home_runs)
+    runs = [PageRun(HOME + KV_PAGES, 2), PageRun(OTHER, 6)]
+    assert book.remap(LAYERS[2:], give, {0: runs, 1: runs}) == 6 + 2 * KV_PAGES == 14
+    assert book.free_pages == 0
+    assert not set(LAYERS[2:]) & mapper.parts.keys()
+    assert book.complete_pages() == (PageRun(HOME, KV_PAGES + 2), PageRun(OTHER, 6))
+    shown = {mapper.kv[0][page] for page in range(OTHER, OTHER + 6)}
+    assert shown == set(PageRun(11, 6)), "the longest wanted run gets the slabs"
+    assert mapper.calls == [
+        "move 3 of layer 2 to kv 0",
+        "move 3 of layer 3 to kv 0",
+        "move 4 of kv 2 to kv 1",
+        "move 2 of kv 3 to kv 1",
+        "move 2 of kv 3 to kv 0",
+        "map kv 1",
+    ]
+    for layer in (0, 1):
+        for page in (*range(HOME + KV_PAGES, HOME + KV_PAGES + 2), *range(OTHER, OTHER + 6)):
+            assert mapper.contents[mapper.kv[layer][page]] == POISON
+        assert {mapper.contents[mapper.kv[layer][page]] for page in range(HOME, HOME + 4)} == {
+            "written"
+        }
+    book.check()
+
+
+def test_a_remap_frees_what_nobody_wants(book: MemoryBook, mapper: TableMapper) -> None:
+    mapper.calls.clear()
+    runs = (PageRun(HOME, 1), PageRun(HOME + 2, 2))
+    assert book.remap([LAYERS[1], EMBEDDING], {1: runs}, {0: [PageRun(OTHER, 4)]}) == 4
+    assert mapper.calls == [
+        "unmap embedding",
+        "unmap layer 1",
+        "unmap kv 1",
+        "unmap kv 1",
+        "move 4 of embedding to kv 0",
+    ]
+    assert book.held_parts == (LAYERS[0], *LAYERS[2:])
+    assert book.free_pages == SPARE_PAGES + 5 + 3 + 3 - 4
+    assert book.remap((), {}, {}) == 0
+    assert book.remap((), {0: [PageRun(OTHER, 4)]}, {0: [PageRun(OTHER + 5, 4)]}) == 4
+    assert mapper.calls[5:] == ["move 4 of kv 0 to kv 0"]
+    book.check()
+
+
+def test_a_remap_leaves_escrow_its_pages(book: MemoryBook, mapper: TableMapper) -> None:
+    book.set_escrow(2)
+    book.map_kv(0, [PageRun(OTHER, 2)], arriving=True)
+    before = state(book, mapper)
+    with pytest.raises(AccountingError, match="of them for escrow"):
+        book.remap([LAYERS[3]], {}, {1: [PageRun(OTHER, 2)]})
+    assert state(book, mapper) == before
+    assert book.remap([LAYERS[3]], {}, {1: [PageRun(OTHER, 1)]}) == 1
+    assert (book.free_pages, book.escrow_pages) == (0, 2)
+    book.check()
+
+
+@pytest.mark.parametrize(
+    ("drop", "give", "want"),
+    [
+        ([Part(PartKind.HEAD)], {}, {}),
+        ([LAYERS[0]], {}, {1: [PageRun(OTHER, 3 + SPARE_PAGES + 1)]}),
+        ([LAYERS[0]], {1: [PageRun(OTHER, 1)]}, {}),
+        ([LAYERS[0]], {1: [PageRun(HOME, 1), PageRun(HOME, 1)]}, {}),
+        ([LAYERS[0]], {1: [PageRun(HOME, 1)]}, {1: [PageRun(HOME, 1)]}),
+        ([LAYERS[0]], {}, {1: [PageRun(HOME + 3, 2)]}),
+        ([LAYERS[0]], {}, {NUM_LAYERS: [PageRun(OTHER, 1)]}),
+        ([LAYERS[0]], {}, {1: [PageRun(SLOTS.range_pages, 1)]}),
+    ],
+)
+def test_a_remap_without_sense_changes_nothing(
+    book: MemoryBook,
+    mapper: TableMapper,
+    drop: list[Part],
+    give: dict[int, list[PageRun]],
+    want: dict[int, list[PageRun]],
+) -> None:
+    before, calls = state(book, mapper), len(mapper.calls)
+    with pytest.raises(AccountingError):
+        book.remap(drop, give, want)
+    assert state(book, mapper) == before
+    assert len(mapper.calls) == calls
+
+
+def test_pieces_are_long() -> None:
+    """As long as whole runs fit, no wanted run is cut; all that is there can be used."""
+    slabs = [ShownRun(LAYERS[at], 0, PageRun(100 * at, 72)) for at in range(3)]
+    free = [ShownRun(None, 0, PageRun(400, 10)), ShownRun(None, 0, PageRun(500, 20))]
+    wanted = [(0, PageRun(0, 20)), (1, PageRun(0, 72)), (2, PageRun(0, 80)), (3, PageRun(9, 50))]
+    choice = choose_pages(wanted, (slabs, free))
+    assert [(source.run.count, to.layer) for source, to in choice.moves] == [
+        (72, 2),
+        (8, 2),
+        (72, 1),
+        (50, 3),
+        (14, 0),
+        (6, 0),
+    ]
+    assert choice.moved_pages == 3 * 72
+    assert choice.left == ()
+    assert choose_pages([(0, PageRun(5, 15))], (slabs, free)).left[0].run.count == 57
+    with pytest.raises(AccountingError, match="1 pages are wanted"):
+        choose_pages([(0, PageRun(0, 247))], (slabs, free))
+
+
 def test_complete_pages_are_backed_in_every_held_layer(book: MemoryBook) -> None:
     book.unmap_kv(0, [PageRun(HOME + 1, 1)])
     book.map_kv(0, [PageRun(OTHER, 1)])
@@ -223,7 +371,7 @@ def test_drop_and_restore_return_to_the_same_counts(book: MemoryBook, mapper: Ta
             book.unmap_kv(layer, [PageRun(OTHER + 3 * cycle, 7)])
         for part in LAYERS[:2]:
             pages = pages_of(book.begin_incoming(part, TRANSFER))
-            assert part not in mapper.parts
+            assert mapper.parts[part] == pages, "who brings it in writes to its slab"
             for page in pages:
                 mapper.contents[page] = f"arrived {part}"
             book.map_kv(part.index, book.home_runs)  # gathered ahead of its layer
@@ -371,7 +519,7 @@ OPERATIONS: dict[str, Callable[[MemoryBook], object]] = {
     "hold": lambda book: book.hold_part(LAYERS[3]),
     "release": lambda book: book.release_part(EMBEDDING),
     "quarantine part": lambda book: book.quarantine_part(EMBEDDING, TRANSFER),
-    "finish": lambda book: book.finish_incoming(LAYERS[2]),
+    "begin": lambda book: book.begin_incoming(LAYERS[3], TransferId(2)),
     "map": lambda book: book.map_kv_many(
         {layer: [PageRun(OTHER, 1), PageRun(OTHER + 4, 1)] for layer in range(2)}
     ),
@@ -381,6 +529,14 @@ OPERATIONS: dict[str, Callable[[MemoryBook], object]] = {
     "unmap middle": lambda book: book.unmap_kv(0, [PageRun(HOME + 1, 2)]),
     "quarantine kv": lambda book: book.quarantine_kv(
         1, [PageRun(HOME, 1), PageRun(HOME + 2, 1)], TRANSFER
+    ),
+    "remap": lambda book: book.remap(
+        [EMBEDDING, LAYERS[1]],
+        {2: [PageRun(HOME, 4)], 3: [PageRun(HOME + 1, 1), PageRun(HOME + 3, 1)]},
+        {0: [PageRun(OTHER, 4), PageRun(OTHER + 5, 8)], 3: [PageRun(OTHER, 3)]},
+    ),
+    "remap little": lambda book: book.remap(
+        [EMBEDDING, LAYERS[1]], {2: [PageRun(HOME + 1, 2)]}, {0: [PageRun(OTHER, 2)]}
     ),
     "release all": lambda book: book.release_all_kv(),
 }
@@ -544,6 +700,34 @@ class BookMachine(RuleBasedStateMachine):
         ]
         if self._try(lambda: self.book.unmap_kv_many(given), refused_call):
             self._assert_poisoned(physical)
+
+    @rule(
+        data=st.data(),
+        layers=st.sets(SOME_LAYERS),
+        range_runs=RANGE_RUNS,
+        refused_call=st.integers(0, 6),
+    )
+    def remap(
+        self, data: st.DataObject, layers: set[int], range_runs: list[PageRun], refused_call: int
+    ) -> None:
+        held = self.book.held_parts
+        drop = data.draw(st.sets(st.sampled_from(held))) if held else set()
+        given = {layer: self._some_pages(data, layer) for layer in data.draw(st.sets(SOME_LAYERS))}
+        freed = {page for part in drop for page in pages_of(self.book.ledger.runs(PartPages(part)))}
+        freed |= {
+            self.book.physical_page(layer, page)
+            for layer, runs in given.items()
+            for page in pages_of(runs)
+        }
+        places = [(layer, page) for layer in layers for page in pages_of(range_runs)]
+        moved: list[int] = []
+        if self._try(
+            lambda: moved.append(self.book.remap(drop, given, dict.fromkeys(layers, range_runs))),
+            refused_call,
+        ):
+            physical = {self.book.physical_page(*place) for place in places}
+            assert moved == [min(len(places), len(freed))] == [len(physical & freed)]
+            self._assert_poisoned(runs_of(physical | freed))
 
     @rule(layer=SOME_LAYERS, range_runs=RANGE_RUNS)
     def unmap_pages_that_may_be_missing(self, layer: int, range_runs: list[PageRun]) -> None:

@@ -121,6 +121,9 @@ class Arena(Protocol):
     page_bytes: int
     num_pages: int
     identity: VirtualRange
+    moves_page_tables: bool
+    """Whether `remap` keeps pages present: no fault at the target for what was touched at the
+    source. Where it is False, they fault on first touch, as after `map`."""
 
     @property
     def mapping_count(self) -> int:
@@ -179,7 +182,8 @@ class Arena(Protocol):
         count: int,
         after: CompletionToken | None = None,
     ) -> None:
-        """Move `count` mapped pages to holes of `target`, in order, without a copy.
+        """Move `count` mapped pages to holes of `target`, in order, without a copy. Several runs
+        may be moved at once.
 
         Raises:
             WorkInFlightError, ArenaError, ArenaOutOfMemoryError, MappingLimitError: as `unmap` and
