@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +34,8 @@ SCHEMA = "kunserve.bench.pipeline/1"
 WHOLE, MERGED = "whole", "merged"
 TARGET_RATIO = 0.90
 _FLAGS = ("--instances", "2", "--threads-per-instance", "1", "--no-enable-prefix-caching")
-_RUN_IN_S = 0.5
+_RUN_IN_S = 1.0
+_START_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -140,23 +142,23 @@ async def _window(
     if (len(stages) == 1) != (layout == MERGED):
         await server.change("drop" if layout == MERGED else "restore")
         stages = [group.stages for group in (await server.layout()).groups]
-    before = await _generated_tokens(server)
     limit = options.context_tokens * 8 + 4096 // batch_size
     streams = [
         server.send(options.context_tokens, limit, streamed=False) for _ in range(2 * batch_size)
     ]
-    # One token from each prefill, and a few steps of all together.
-    wanted = before + 2 * batch_size * 3
-    while await _generated_tokens(server) < wanted:
+    deadline_s = time.monotonic() + _START_TIMEOUT_S
+    while not await _is_spread(server, layout, batch_size):
         _check(streams)
+        if time.monotonic() > deadline_s:
+            raise BenchError(f"{layout}: not {2 * batch_size} requests run, evenly spread")
         await asyncio.sleep(0.1)
-    await _check_spread(server, layout, batch_size)
     await asyncio.sleep(_RUN_IN_S)
     begin = await server.generated()
     await asyncio.sleep(options.window_s)
     end = await server.generated()
     _check(streams)
-    await _check_spread(server, layout, batch_size)
+    if not await _is_spread(server, layout, batch_size):
+        raise BenchError(f"{layout}: the requests are spread in another way than at the beginning")
     await server.end(streams)
     split = tuple(stage.layers[1] - stage.layers[0] for stage in stages[0])
     return _between(begin, end, layout, batch_size, split if layout == MERGED else ())
@@ -178,17 +180,11 @@ def _between(
     )
 
 
-async def _generated_tokens(server: BenchServer) -> float:
-    (tokens,) = await server.counters("instance_generation_tokens")
-    return sum(tokens.values())
-
-
-async def _check_spread(server: BenchServer, layout: str, batch_size: int) -> None:
+async def _is_spread(server: BenchServer, layout: str, batch_size: int) -> bool:
     """Whole instances have b requests each, a leader all of them; else the ratio means nothing."""
     (running,) = await server.counters("num_requests_running")
     wanted = [batch_size, batch_size] if layout == WHOLE else [0, 2 * batch_size]
-    if sorted(running.values()) != wanted:
-        raise BenchError(f"{layout}: {running} requests run on the instances, expected {wanted}")
+    return sorted(running.values()) == wanted
 
 
 def _check(streams: Sequence[Any]) -> None:

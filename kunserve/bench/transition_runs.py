@@ -32,6 +32,7 @@ _CHUNK_GAP_MS = 250.0
 _SMALL_PROMPT, _SMALL_STREAMS = 48, 8
 _ENDLESS = 1024
 _STEADY_S = 1.0
+_WHOLE_TIMEOUT_S = 20.0
 
 
 # ---------------------------------------------------------------- what was seen
@@ -169,7 +170,8 @@ async def run_loaded(server: BenchServer, *, restores: bool = True) -> LoadedRun
     await _be_whole(server)
     before = await server.layout()
     capacity = min(group.kv_tokens for group in before.groups)
-    longs = [server.send(capacity * 5 // 8, 160) for _ in range(2)]
+    # All of it must still fit the homes of a restore, which leave room for the parts to come.
+    longs = [server.send(capacity * 3 // 8, 160) for _ in range(2)]
     for stream in longs:
         await stream.reached(1)
     shorts = [server.send(_SMALL_PROMPT, _ENDLESS) for _ in range(_SMALL_STREAMS)]
@@ -258,9 +260,17 @@ def _check(streams: Sequence[Stream]) -> None:
 
 async def _be_whole(server: BenchServer) -> None:
     """Nothing runs, and every instance is whole."""
-    await server.idle()
-    if len((await server.layout()).groups) == 1:
-        await server.change("restore")
+    deadline_s = time.monotonic() + _WHOLE_TIMEOUT_S
+    while True:
+        await server.idle()
+        if len((await server.layout()).groups) > 1:
+            return
+        try:
+            await server.change("restore")
+        except BenchError:  # a leader may still hold a request that was just broken off
+            if time.monotonic() > deadline_s:
+                raise
+            await asyncio.sleep(0.2)
 
 
 async def hold_load(server: BenchServer) -> list[Stream]:

@@ -368,8 +368,10 @@ class Member:
             )
             self._ready.append(work)
         elif message.step in self._flights:
-            # Rows that came around go first: their requests wait for nothing else.
-            self._ready.appendleft(RunHead(self._flights[message.step], payload))
+            # Rows that came around go first: their requests wait for nothing else. But in the order
+            # of their steps: one may release a request that the next one starts again.
+            heads = sum(isinstance(work, RunHead) for work in self._ready)
+            self._ready.insert(heads, RunHead(self._flights[message.step], payload))
 
     def computed(self, answer: Computed, now_ns: int) -> None:
         """The work under way is done, or cancelled.

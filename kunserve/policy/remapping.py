@@ -79,14 +79,18 @@ def choose_pages(wanted: Sequence[LayerRun], sources: Sequence[Sequence[ShownRun
     return Choice(tuple(moves), tuple(left))
 
 
-def _by_length(shown: ShownRun) -> tuple[int, ...]:
+def _length(shown: ShownRun) -> int:
+    return shown.run.count
+
+
+def _by_length(shown: ShownRun) -> tuple[int, int]:
     # Of several longest ones the lowest comes first: neighbours may become one mapping.
     return shown.run.count, -shown.run.start
 
 
 def _take(there: list[ShownRun], count: int) -> ShownRun:
     """Take `count` pages, or fewer, off one of `there`, which is sorted by length."""
-    position = bisect_left(there, (count,), key=_by_length)
+    position = bisect_left(there, count, key=_length)
     if position == len(there):
         return there.pop()
     found = there.pop(position)

@@ -27,6 +27,7 @@ import torch
 import zmq
 
 from kunserve.core.actions import (
+    Action,
     CancelCompute,
     CancelPulls,
     CheckPart,
@@ -40,7 +41,7 @@ from kunserve.core.actions import (
     SendPeer,
 )
 from kunserve.core.errors import KunserveError
-from kunserve.core.events import InstanceReady
+from kunserve.core.events import GroupReport, InstanceReady
 from kunserve.core.ids import InstanceId
 from kunserve.core.transition import PeerAddress, Remap, Remapped
 from kunserve.device.transfer import (
@@ -66,6 +67,10 @@ from kunserve.worker.profile import quick_fit
 logger = logging.getLogger("kunserve.instance")
 
 HEARTBEAT_INTERVAL_MS = 500
+SWITCH_INTERVAL_S = 0.0005
+"""How long a thread may keep another one that wants to go on with Python waiting: between kernels
+the compute thread does, a hundred times a step."""
+
 PULL_WINDOW_BYTES = 8 << 20
 """Pages handed to the pump ahead: enough that it never waits for the control thread."""
 
@@ -257,9 +262,10 @@ class Instance:
         actions = self._member.turn(
             time.monotonic_ns(), self._compute.execute_ns, self._schedule_ns
         )
-        for action in actions:
+        for action in _work_first(actions):
             self._perform(action)
-        self._compute.handed_on()
+        if not self._compute.is_busy:
+            self._compute.handed_on()
 
     def _take_messages(self) -> None:
         for message in self._link.receive():
@@ -288,6 +294,7 @@ class Instance:
 
     def _perform(self, action: Any) -> None:
         if isinstance(action, Compute):
+            self._compute.handed_on()  # the rows before it are sent
             self._compute.submit(action.work)
         elif isinstance(action, SendFront):
             message = action.message
@@ -323,6 +330,25 @@ class Instance:
             self._link.send(heartbeat)
 
 
+def _work_first(actions: list[Action]) -> list[Action]:
+    """`actions` with the next work right behind the rows that another stage waits for, so that both
+    compute while the rest is done. Left as they are where the order says more: a change of layers,
+    and a report with the requests that start with this work (see `Member.turn`)."""
+    if not actions or not isinstance(actions[-1], Compute):
+        return actions
+    behind_rows = 0
+    for index, action in enumerate(actions):
+        if isinstance(action, Configure | CancelCompute):
+            return actions
+        if isinstance(action, SendFront):
+            message = action.message
+            if isinstance(message, GroupReport) and message.started:
+                return actions
+        elif isinstance(action, SendPeer) and action.payload is not None:
+            behind_rows = index + 1
+    return [*actions[:behind_rows], actions[-1], *actions[behind_rows:-1]]
+
+
 def _serve(settings: InstanceSettings, link: InstanceSocket) -> None:
     def progress(activity: str, fraction: float) -> None:
         link.send(LoadProgress(settings.instance, settings.incarnation, activity, fraction))
@@ -351,6 +377,7 @@ def main() -> int:
     )
     # All parallelism is the kernels' own pool; torch only computes small tables here.
     torch.set_num_threads(1)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     link = InstanceSocket(settings.keys)
     try:
         _serve(settings, link)

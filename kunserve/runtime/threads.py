@@ -110,6 +110,11 @@ class ComputeThread:
         """Readable when work is done."""
         return self._thread.wake_fd
 
+    @property
+    def is_busy(self) -> bool:
+        """True from `submit` until the answer is collected."""
+        return self._is_busy
+
     def configure(self, layers: LayerRange) -> None:
         """Compute other layers from now on.
 

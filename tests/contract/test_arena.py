@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
+import resource
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -125,6 +128,20 @@ def test_remap_inside_one_range_and_back(arena: Arena) -> None:
     arena.remap(ring, 6, ring, 1, 3)
     assert arena.mapped_runs(ring) == (MappedRun(0, 0, 4),)
     assert labels(arena, ring) == [1, 2, 3, 4, 0, 0, 0, 0, 0, 0]
+
+
+def test_remap_of_several_runs(arena: Arena) -> None:
+    source, target = reserve(arena, 8), reserve(arena, 12)
+    arena.map(source, 1, [PageRun(5, 2), PageRun(2, 1), PageRun(9, 3)])
+    arena.map(target, 2, PageRun(4, 1))
+    arena.remap(source, 2, target, 3, 4)  # cuts the first run and the last one
+    assert labels(arena, source) == [0, 6, 0, 0, 0, 0, 12, 0]
+    assert labels(arena, target) == [0, 0, 5, 7, 3, 10, 11, 0, 0, 0, 0, 0]
+    assert arena.view(source.page_address(2), 4 * arena.page_bytes).max() == 0
+    arena.view(target.page_address(4), 1)[0] = 77
+    assert arena.view(arena.page_address(2), 1)[0] == 77
+    arena.view(source.page_address(3), 1)[0] = 55  # a hole belongs to nobody
+    assert arena.view(arena.page_address(2), 1)[0] == 77
 
 
 def test_unmapped_bytes_stay_in_their_page(arena: Arena) -> None:
@@ -363,6 +380,19 @@ MappingMachine.TestCase.settings = settings(max_examples=40, stateful_step_count
 TestMappingCount = MappingMachine.TestCase
 
 
+class FaultingMappingMachine(MappingMachine):
+    """The same on a kernel that moves no page tables."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        assert isinstance(self.arena, HostArena)
+        self.arena.moves_page_tables = False
+
+
+FaultingMappingMachine.TestCase.settings = MappingMachine.TestCase.settings
+TestMappingCountWithFaults = FaultingMappingMachine.TestCase
+
+
 def host_arena(mapping_limit: int | None = None) -> Arena:
     return create_arena("host", page_bytes=4096, num_pages=NUM_PAGES, mapping_limit=mapping_limit)
 
@@ -398,6 +428,140 @@ def test_refused_remap_leaves_both_ranges() -> None:
             arena.remap(source, 1, target, 1, 1)
         assert arena.mapped_runs(source) == (MappedRun(0, 0, 3),)
         assert arena.mapped_runs(target) == ()
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_remap_is_undone_as_it_was_done_at_the_limit(moves: bool) -> None:
+    """`MemoryBook.remap` maps a moved piece at its source again and unmaps it at the target: no
+    state on that way has more mappings than one on the way there."""
+    with host_arena() as arena:
+        assert isinstance(arena, HostArena)
+        arena.moves_page_tables = arena.moves_page_tables and moves
+        source, target = reserve(arena, 5), reserve(arena, 5)
+        arena.map(source, 0, PageRun(0, 5))
+        arena._limit = arena.mapping_count + 4  # a run between holes here, a hole in a run there
+        arena.remap(source, 2, target, 2, 1)
+        arena.map(source, 2, PageRun(2, 1))
+        arena.unmap(target, 2, 1)
+        assert arena.mapped_runs(source) == (MappedRun(0, 0, 5),)
+        assert arena.mapping_count == kernel_mappings([source, target, arena.identity])
+
+
+# ---------------------------------------------------------------- page tables
+
+
+def faults_of_writes(arena: Arena, source: VirtualRange, offset: int, count: int) -> int:
+    """Page faults of writing every byte of pages of a range."""
+    view = arena.view(source.page_address(offset), count * arena.page_bytes)
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    view.fill(3)
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_touched_pages_fault_no_more_after_a_remap(moves: bool) -> None:
+    pages = 96
+    with create_arena("host", page_bytes=64 * 1024, num_pages=pages) as arena:
+        assert isinstance(arena, HostArena)
+        if not arena.moves_page_tables:
+            pytest.skip("this kernel moves no page tables of shared memory")
+        arena.moves_page_tables = moves
+        source, target = reserve(arena, pages), reserve(arena, 2 * pages)
+        arena.map(source, 0, [PageRun(40, 56), PageRun(0, 40)])
+        first = faults_of_writes(arena, source, 0, pages)
+        assert first >= 16 * pages / 64  # some kernels map more than one system page by fault
+        arena.remap(source, 0, target, 7, pages)
+        again = faults_of_writes(arena, target, 7, pages)
+        assert again <= 8 if moves else again >= first / 2
+        assert labels(arena, arena.identity) == [3] * pages
+
+
+def test_refused_move_of_page_tables_leaves_both_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    with host_arena() as arena:
+        if not arena.moves_page_tables:
+            pytest.skip("this kernel moves no page tables of shared memory")
+        label_pages(arena)
+        source, target = reserve(arena, 6), reserve(arena, 6)
+        arena.map(source, 0, [PageRun(5, 2), PageRun(9, 1), PageRun(3, 2), PageRun(12, 1)])
+        arena.map(target, 0, PageRun(0, 1))
+        before = arena.mapped_runs(source), arena.mapped_runs(target), arena.mapping_count
+        real, calls = host._move_page_tables, []
+
+        def third_call_fails(*args: int) -> None:
+            calls.append(args)
+            if len(calls) == 3:
+                raise OSError(errno.ENOMEM, "Cannot allocate memory")
+            real(*args)
+
+        monkeypatch.setattr(host, "_move_page_tables", third_call_fails)
+        with pytest.raises(ArenaOutOfMemoryError):
+            arena.remap(source, 1, target, 1, 5)
+        monkeypatch.undo()
+        after = arena.mapped_runs(source), arena.mapped_runs(target), arena.mapping_count
+        assert after == before
+        assert labels(arena, source) == [6, 7, 10, 4, 5, 13]
+        assert labels(arena, target) == [1, 0, 0, 0, 0, 0]
+        assert arena.mapping_count == kernel_mappings([source, target, arena.identity])
+        arena.remap(source, 1, target, 1, 5)
+        assert labels(arena, target) == [1, 7, 10, 4, 5, 13]
+
+
+def test_a_kernel_that_moves_no_page_tables_is_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(source: int, target: int, nbytes: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(host, "_move_page_tables", refuse)
+    host._say_it_faults.cache_clear()
+    for _ in range(2):
+        with host_arena() as arena:
+            assert not arena.moves_page_tables
+            label_pages(arena)
+            source, target = reserve(arena, 4), reserve(arena, 4)
+            arena.map(source, 0, [PageRun(5, 2), PageRun(2, 1)])
+            arena.remap(source, 1, target, 2, 2)
+            assert labels(arena, source) == [6, 0, 0, 0]
+            assert labels(arena, target) == [0, 0, 7, 3]
+    said = [record.getMessage() for record in caplog.records if "page tables" in record.message]
+    assert len(said) == 1
+    assert "Invalid argument" in said[0]
+
+
+def test_no_other_thread_gets_into_the_gap() -> None:
+    """Somebody maps and unmaps all the time; were the source or the target ever unmapped, one of
+    those mappings would come to lie there, and be lost."""
+    stop, faults = threading.Event(), []
+
+    def map_and_unmap() -> None:
+        size = 4096
+        while not stop.is_set():
+            blocks = [mmap.mmap(-1, size) for _ in range(8)]
+            for block in blocks:
+                block[:] = b"x" * size
+            faults.extend(len(b) for b in blocks if b[:] != b"x" * size)
+            for block in blocks:
+                block.close()
+
+    with host_arena() as arena:
+        label_pages(arena)
+        source, target = reserve(arena, 12), reserve(arena, 12)
+        thread = threading.Thread(target=map_and_unmap)
+        thread.start()
+        try:
+            arena.map(source, 0, [PageRun(5, 4), PageRun(0, 5), PageRun(20, 3)])
+            for _ in range(500):
+                arena.remap(source, 0, target, 0, 12)
+                arena.remap(target, 3, source, 3, 6)
+                arena.remap(target, 9, source, 9, 3)
+                arena.remap(target, 0, source, 0, 3)
+        finally:
+            stop.set()
+            thread.join()
+        assert not faults
+        assert labels(arena, source) == [6, 7, 8, 9, 1, 2, 3, 4, 5, 21, 22, 23]
+        assert labels(arena, target) == [0] * 12
+        assert arena.mapping_count == kernel_mappings([source, target, arena.identity])
 
 
 def test_default_limit_leaves_room_for_others() -> None:
@@ -597,6 +761,37 @@ def test_dropped_part_becomes_kv_of_another_slot(memory: InstanceMemory) -> None
     assert (own == 9).all()
     with pytest.raises(AccountingError, match="not held"):
         memory.part_view(LAYERS[2])
+
+
+def test_dropped_parts_and_lost_kv_become_other_kv_at_once(memory: InstanceMemory) -> None:
+    for page in range(memory.plan.num_pages):
+        address = memory.identity_address(page)
+        memory.arena.view(address, memory.plan.geometry.page_bytes)[:] = 7
+    start = memory.slots.slot_range(OTHER_SLOT).start
+    # 2 pages of the part, 5 of KV and one that is free; 3 + 4 of them move.
+    want = {0: [PageRun(start, 3)], 1: [PageRun(start, 1), PageRun(start + 2, 3)]}
+    assert memory.remap([LAYERS[2]], {2: memory.home_runs}, want) == 7
+    memory.check()
+    assert (memory.free_pages, memory.held_layers) == (1, (0, 1))
+    assert memory.complete_pages(memory.slots.slot_range(OTHER_SLOT)) == (
+        PageRun(start, 1),
+        PageRun(start + 2, 1),
+    )
+    slot_base = OTHER_SLOT * memory.slots.slot_blocks
+    per_page = memory.plan.geometry.blocks_per_page
+    for layer, runs in want.items():
+        for page in pages_of(runs):
+            block = BlockId(slot_base + (page - start) * per_page)
+            fresh = memory.block_view(layer, block)
+            assert np.isnan(fresh.view(np.float32)).all()
+            own = memory.block_view(layer, memory.slots.block_id(OWN_SLOT, 0))
+            assert (own == 7).all()
+    slab = memory.arena.view(memory.part_address(LAYERS[2]), memory.plan.geometry.page_bytes)
+    assert not slab.any()
+    memory.remap((), want, {})
+    memory.hold_part(LAYERS[2])
+    memory.map_kv(2, memory.home_runs)
+    memory.check()
 
 
 def test_pages_of_an_exchange_come_and_go_in_any_order(memory: InstanceMemory) -> None:

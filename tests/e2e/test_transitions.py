@@ -136,14 +136,14 @@ class Case:
     wishes: tuple[Wish, ...]
     flags: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
-    max_tokens: int = 500
+    max_tokens: int = 250
     extra: int = 6
 
 
 TINY_CASES = (
     Case("2-1-2", 2, (DROP, RESTORE), environment={"UCX_TLS": "tcp"}),
     Case("uncoordinated", 2, (DROP, RESTORE), ("--exchange", "uncoordinated")),
-    Case("3-1-3", 3, (DROP, RESTORE, DROP, RESTORE)),
+    Case("3-1-3", 3, (DROP, RESTORE)),
 )
 BIG_CASES = (
     pytest.param(Case("2-1-2", 2, (DROP, RESTORE), max_tokens=160), id="2-1-2"),
@@ -198,9 +198,7 @@ def with_extras(bodies: Sequence[Body], calm: Sequence[Answer], count: int) -> d
     return leave_after
 
 
-def run_case(
-    server: ServerProcess, case: Case, bodies: list[Body], gap_tokens: int
-) -> list[int]:
+def run_case(server: ServerProcess, case: Case, bodies: list[Body], gap_tokens: int) -> list[int]:
     """A calm run, then the same with all transitions of the case; memory of the instances then."""
     calm = calm_answers(server, bodies, 240.0)
     leave_after = with_extras(bodies, calm, case.extra)
@@ -267,8 +265,8 @@ def tiny_server(directory: Path, model: Path, case: Case, kv_pages: int = 24 * T
 @pytest.mark.parametrize("case", TINY_CASES, ids=lambda case: case.name)
 def test_a_tiny_model(model: Path, tmp_path: Path, case: Case):
     with tiny_server(tmp_path, model, case) as server:
-        bodies = tiny_bodies(10 + case.extra, case.max_tokens)
-        run_case(server, case, bodies, 400)
+        bodies = tiny_bodies(8 + case.extra, case.max_tokens)
+        run_case(server, case, bodies, 200)
 
 
 # ---------------------------------------------------------------- four instances, many histories
@@ -293,7 +291,7 @@ class Four:
 def four(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Four]:
     case = Case("four", 4, ())
     with tiny_server(tmp_path_factory.mktemp("four"), model, case) as server:
-        bodies = tiny_bodies(NUM_STREAMS, 450)
+        bodies = tiny_bodies(NUM_STREAMS, 250)
         yield Four(server, bodies, calm_answers(server, bodies, 120.0))
 
 
@@ -306,7 +304,7 @@ def test_four_instances(four: Four, wishes: tuple[Wish, ...]):
     with Layouts(four.server) as layouts, StreamLoad(four.server.url, four.bodies) as load:
         load.wait_tokens(1)
         with undisturbed(layouts):
-            go_through(layouts, load, wishes, random.Random(1), 200)
+            go_through(layouts, load, wishes, random.Random(1), 100)
             load.result()
         assert_same(load, four.calm)
     four.server.wait_idle()
@@ -328,7 +326,7 @@ def test_random_histories(four: Four, seed: int):
                     asked.append(layouts.post_ahead("layout", groups=wish))
                 if rng.random() < 0.4:
                     asked[-1].exception()  # its answer is there
-                load.wait_total(load.total_tokens + rng.randrange(250))
+                load.wait_total(load.total_tokens + rng.randrange(200))
             answers = [each.result() for each in asked]
         assert_same(load, four.calm)
         assert not [answer.text for answer in answers if answer.status_code not in (200, 409)]
@@ -350,7 +348,7 @@ def test_a_drop_while_a_restore_prepares(model: Path, tmp_path: Path):
     """It turns back at once, before pages were given up and after."""
     case = Case("turn back", 2, (), ("--link-gbps", "0.04"))
     with tiny_server(tmp_path, model, case) as server:
-        bodies = tiny_bodies(8, 400)
+        bodies = tiny_bodies(8, 300)
         calm = calm_answers(server, bodies, 120.0)
         with Layouts(server) as layouts, StreamLoad(server.url, bodies) as load:
             load.wait_tokens(1)
@@ -383,12 +381,12 @@ def abort_a_restore(layouts: Layouts, has_given_up: bool) -> bool:
 def test_a_long_answer_does_not_delay_a_restore(model: Path, tmp_path: Path):
     case = Case("long", 2, ())
     with tiny_server(tmp_path, model, case) as server:
-        bodies = tiny_bodies(1, 1200)
+        bodies = tiny_bodies(1, 700)
         calm = calm_answers(server, bodies, 120.0)
         with Layouts(server) as layouts, StreamLoad(server.url, bodies) as load:
             load.wait_tokens(100)
             go_through(layouts, load, (DROP, RESTORE), random.Random(3), 100)
-            assert len(load.tokens[0]) < 1200
+            assert len(load.tokens[0]) < 700
             load.result(120.0)
             assert_same(load, calm)
 
@@ -409,7 +407,7 @@ def wait_full(server: ServerProcess, load: StreamLoad) -> None:
     until(is_full, "a full cache")
 
 
-@pytest.mark.parametrize("instances", [2, 3])
+@pytest.mark.parametrize("instances", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_full_cache_twice_the_weights(model: Path, tmp_path: Path, instances: int):
     """Many requests of many lengths have come and gone: what the rest holds is scattered."""
     case = Case("full", instances, ())
@@ -426,8 +424,6 @@ def test_a_full_cache_twice_the_weights(model: Path, tmp_path: Path, instances: 
                 # As soon as what is there fits: then homes are full as well.
                 while layouts.post(RESTORE).status_code != 200:
                     load.wait_total(load.total_tokens + 40)
-                layouts.wait_whole()
-                assert not load.is_over
                 granted(layouts.post(DROP))
                 load.result(120.0)
             restore(layouts)
@@ -450,17 +446,22 @@ def test_freed_pages_are_exactly_the_escrow(tmp_path: Path):
         bodies = tiny_bodies(24, 60, seed=2, most_tokens=260)
         calm = calm_answers(server, bodies, 120.0)
         with Layouts(server) as layouts, StreamLoad(server.url, bodies) as load:
-            parts = {each["id"]: each["pages"]["part"] for each in layouts.now()["instances"]}
+            assert part_pages(layouts) == [10, 10]
             wait_full(server, load)
             layouts.drop()
             layouts.wait_settled([[0, 1]])
-            now = {each["id"]: each["pages"]["part"] for each in layouts.now()["instances"]}
             assert layouts.stages() == {0: (0, 4), 1: (4, 8)}
-            assert parts[0] - now[0] == 4
+            # Four pages freed on the leader; instances say it with their heartbeats.
+            until(lambda: part_pages(layouts) == [6, 4], "pages of a merged pair")
             restore(layouts)
             load.result(120.0)
             assert_same(load, calm)
         server.wait_idle()
+
+
+def part_pages(layouts: Layouts) -> list[int]:
+    """Pages of the model on each instance."""
+    return [each["pages"]["part"] for each in layouts.now()["instances"]]
 
 
 # ---------------------------------------------------------------- a slow link

@@ -124,9 +124,7 @@ class Layouts:
 
 def groups_of(layout: dict[str, Any]) -> set[frozenset[int]]:
     """Instances of each group of a layout as the API shows it."""
-    return {
-        frozenset(stage["instance"] for stage in group["stages"]) for group in layout["groups"]
-    }
+    return {frozenset(stage["instance"] for stage in group["stages"]) for group in layout["groups"]}
 
 
 def granted(response: httpx.Response) -> None:
@@ -165,4 +163,3 @@ def sampled_pss(pids: Sequence[int]) -> Iterator[list[int]]:
         ended.set()
         thread.join()
         samples.append(pss_bytes(pids))
-

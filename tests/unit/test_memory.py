@@ -22,6 +22,7 @@ from kunserve.policy.pages import (
     MemoryPlan,
     OwnerKind,
     PageGeometry,
+    PageLedger,
     PartPages,
     QuarantinedPages,
     SlotMap,
@@ -320,6 +321,31 @@ def test_a_remap_without_sense_changes_nothing(
         book.remap(drop, give, want)
     assert state(book, mapper) == before
     assert len(mapper.calls) == calls
+
+
+def test_chosen_pages_are_placed_or_nothing_is() -> None:
+    ledger = PageLedger(20)
+    ledger.place(0, [PageRun(3, 2)])  # pages 0 and 1
+    ledger.place_at([KvExtent(1, 7, 10, 3), KvExtent(0, 9, 5, 2), KvExtent(1, 10, 13, 1)])
+    assert ledger.extents(1) == (KvExtent(1, 7, 10, 4),)
+    assert ledger.extents(0) == (KvExtent(0, 3, 0, 2), KvExtent(0, 9, 5, 2))
+    assert ledger.runs(FREE) == (PageRun(2, 3), PageRun(7, 3), PageRun(14, 6))
+    ledger.check()
+    free = ledger.runs(FREE)
+    for refused in (
+        [],
+        [KvExtent(0, 0, 14, 1), KvExtent(0, 1, 1, 1)],  # page 1 is owned
+        [KvExtent(0, 0, 4, 2)],  # so is page 5
+        [KvExtent(0, 0, 19, 2)],  # there is no page 20
+        [KvExtent(0, 0, 14, 2), KvExtent(1, 0, 15, 1)],  # page 15 twice
+        [KvExtent(0, 0, 14, 1), KvExtent(0, 0, 15, 1)],  # range page 0 twice
+        [KvExtent(1, 0, 14, 1), KvExtent(0, 3, 15, 1)],  # range page 3 is there
+        [KvExtent(1, 0, 14, 0)],
+    ):
+        with pytest.raises(AccountingError):
+            ledger.place_at(refused)
+        assert ledger.runs(FREE) == free
+        ledger.check()
 
 
 def test_pieces_are_long() -> None:

@@ -409,10 +409,11 @@ class HostArena:
         ]
         # The target comes first, so that a refusal leaves the source as it was. For that moment
         # both show the pages; the most that the second half can add is 2 (a hole inside a run).
-        self._check_limit(self._tables[target].plan(target_offset, count, moved).count_delta + 2)
         from_address = source.page_address(source_offset) if self.moves_page_tables else None
-        self._show(target, moved, from_address)
-        self.unmap(source, source_offset, count)
+        self._show(target, moved, from_address, spare=2)
+        splice = self._tables[source].plan(source_offset, count, ())
+        self._put_hole(source, source_offset, count)
+        self._apply(source, splice)
 
     def mapped_runs(
         self, source: VirtualRange, page_offset: int = 0, count: int | None = None
@@ -473,16 +474,18 @@ class HostArena:
         target: VirtualRange,
         shown: Sequence[MappedRun],
         from_address: int | None = None,
+        spare: int = 0,
     ) -> None:
         """Map `shown`, which lie one after the other over a hole: all of them or none.
 
         Args:
+            spare: mappings that must be left under the limit afterwards.
             from_address: where the same runs are mapped one after the other, if their page tables
                 shall come from there; they stay mapped there.
         """
         first, count = shown[0].offset, shown[-1].stop - shown[0].offset
         splice = self._tables[target].plan(first, count, shown)
-        self._check_limit(splice.count_delta)
+        self._check_limit(splice.count_delta + spare)
         try:
             for run in shown:
                 address, nbytes = target.page_address(run.offset), run.count * self.page_bytes
