@@ -53,9 +53,15 @@ def embed(token_id: int) -> int:
     return zlib.crc32(token_id.to_bytes(4, "little"))
 
 
+def _scramble(number: int) -> int:
+    """Break the linearity of a checksum: over four layers, differences would cancel out."""
+    product = number * 0x9E3779B1 & 0xFFFFFFFF
+    return product ^ product >> 15
+
+
 def cell_of(layer: int, row: int) -> int:
     """The KV that a row leaves in a layer."""
-    return zlib.crc32(row.to_bytes(8, "little"), layer + 1)
+    return _scramble(zlib.crc32(row.to_bytes(8, "little"), layer + 1))
 
 
 def add_cell(cells_crc: int, cell: int) -> int:
@@ -65,7 +71,7 @@ def add_cell(cells_crc: int, cell: int) -> int:
 
 def next_row(row: int, cells_crc: int) -> int:
     """The row above a layer."""
-    return zlib.crc32(row.to_bytes(8, "little"), cells_crc)
+    return _scramble(zlib.crc32(row.to_bytes(8, "little"), cells_crc))
 
 
 def sample(row: int, seed: int, index: int) -> int:

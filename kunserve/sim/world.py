@@ -68,6 +68,14 @@ LIVENESS_NS = 240 * SECOND_NS
 SETTLE_NS = SECOND_NS
 """What is still under way when the last request has ended arrives in this time."""
 
+_TRANSITION_KILLS = (
+    "no answer in",
+    "the exchange stood still",
+    "a transfer of",
+    "it did not become",
+)
+"""Reasons to end a process for what may be the fault of another one, or of a link."""
+
 TraceEntry = tuple[int, Event | Command | Fault]
 _Name = tuple[InstanceId, int]
 """A process: instance and incarnation."""
@@ -445,8 +453,8 @@ class World:
         controller = self._scenario.controller
         silent_from_ns = self._timeline.now_ns - controller.heartbeat_timeout_ns
         is_hung = process.instance.hung_until_ns() >= silent_from_ns
-        if not command.reason.startswith("no heartbeat"):
-            # Of a transition: somebody, or a transfer, does not get on.
+        if command.reason.startswith(_TRANSITION_KILLS):
+            # Somebody, or a transfer, does not get on.
             longest_ns = max(controller.answer_timeout_ns, controller.long_timeout_ns)
             is_hung = self._troubled_ns >= self._timeline.now_ns - longest_ns - SECOND_NS
         if process.instance.is_alive and not is_hung:
