@@ -156,6 +156,7 @@ class Member:
         self._flights: dict[int, StepPlan] = {}
         self._ready: deque[Work] = deque()
         self._active: Work | None = None
+        self._urgent: RunHead | None = None  # between the layers of the active work
         # A transition
         self._transition = TransitionId(-1)
         self._prepare: Prepare | None = None
@@ -215,7 +216,7 @@ class Member:
     @property
     def is_computing(self) -> bool:
         """True while a piece of work is under way here."""
-        return self._active is not None
+        return self._active is not None or self._urgent is not None
 
     @property
     def is_changing(self) -> bool:
@@ -244,7 +245,7 @@ class Member:
     def has_work(self) -> bool:
         """True while a request is leased or work is under way."""
         has_requests = self._scheduler is not None and self._scheduler.has_work()
-        return has_requests or self._active is not None or bool(self._ready)
+        return has_requests or self.is_computing or bool(self._ready)
 
     def check(self) -> None:
         """Raise AccountingError if blocks, queues and pages do not add up."""
@@ -272,7 +273,7 @@ class Member:
         order(message, now_ns)
 
     def _form_group(self, message: FormGroup, now_ns: int) -> None:
-        if self._active is not None:
+        if self.is_computing:
             raise AccountingError("a group cannot be formed while a step is under way")
         config = self._config
         group = whole_instance(message.group, message.epoch, config.instance, config.num_layers)
@@ -379,9 +380,12 @@ class Member:
         Raises:
             AccountingError: it is not what was under way, or its result is wrong.
         """
-        if answer.work is not self._active:
+        if answer.work is self._active:
+            self._active = None
+        elif answer.work is self._urgent:
+            self._urgent = None
+        else:
             raise AccountingError("work is done that was not under way")
-        self._active = None
         if not self._is_resetting and not self._is_cancelled(answer.work):
             if self._fence is not None and self._scheduler is not None:
                 self._use_late(answer, now_ns)
@@ -471,9 +475,21 @@ class Member:
             self._started += self._scheduler.newly_started()
 
     def _start_work(self) -> None:
-        if self._active is None and self._ready and not self._is_frozen:
+        if not self._ready or self._is_frozen:
+            return
+        work = self._ready[0]
+        if self._active is None and self._urgent is None:
             self._active = self._ready.popleft()
             self._actions.append(Compute(self._active))
+        elif (
+            isinstance(work, RunHead)
+            and isinstance(self._active, RunFirst)
+            and self._urgent is None
+        ):
+            # Its requests have been around the ring: they need not wait for a long chunk.
+            self._urgent = work
+            self._ready.popleft()
+            self._actions.append(Compute(work))
 
     # ------------------------------------------------------------ what it says
 
@@ -510,7 +526,7 @@ class Member:
         Args:
             layers_done: layers computed since the start of the instance.
         """
-        is_stuck = self._active is not None and layers_done == self._layers_reported
+        is_stuck = self.is_computing and layers_done == self._layers_reported
         self._layers_reported = layers_done
         config = self._config
         if is_stuck:
@@ -685,7 +701,7 @@ class Member:
 
     def _reply_fenced(self) -> None:
         """Nothing is computed any more: say what there is. Tokens sampled so far go first."""
-        if self._fence is None or self._active is not None:
+        if self._fence is None or self.is_computing:
             return
         self._fence = None
         requests: tuple[FrozenRequest, ...] = ()
@@ -892,13 +908,13 @@ class Member:
         self._ready.clear()
         self._pending_moves.clear()
         self._mover.give_up()
-        if self._active is not None:
+        if self.is_computing:
             self._actions.append(CancelCompute())
 
     def _go_on_resetting(self) -> None:
         """When nothing computes and no old transfer writes: give KV up, bring all parts in."""
         mover, memory = self._mover, self._memory
-        if not self._is_resetting or self._active is not None or mover.has_quarantine:
+        if not self._is_resetting or self.is_computing or mover.has_quarantine:
             return
         if mover.is_bringing:
             return

@@ -38,7 +38,7 @@ def name_thread(thread: threading.Thread) -> None:
 class WorkerThread(Generic[Job, Answer]):
     """Answers jobs in order on a thread of its own. What a job raises is raised by `answers`."""
 
-    def __init__(self, name: str, work: Callable[[Job], Answer]) -> None:
+    def __init__(self, name: str, work: Callable[[Job], Answer | None]) -> None:
         self._work = work
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[Answer | BaseException] = queue.SimpleQueue()
@@ -72,6 +72,11 @@ class WorkerThread(Generic[Job, Answer]):
                 raise answer
             answers.append(answer)
 
+    def give(self, answer: Answer | BaseException) -> None:
+        """Answer ahead of the job under way. On this thread only."""
+        self._answers.put(answer)
+        os.eventfd_write(self.wake_fd, 1)
+
     def join(self) -> None:
         """End the thread when the jobs submitted so far are done."""
         self._jobs.put(None)
@@ -81,15 +86,20 @@ class WorkerThread(Generic[Job, Answer]):
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
             try:
-                answer: Answer | BaseException = self._work(job)
+                answer: Answer | BaseException | None = self._work(job)
             except BaseException as error:  # noqa: BLE001 - handed to the control thread whole
                 answer = error
-            self._answers.put(answer)
-            os.eventfd_write(self.wake_fd, 1)
+            if answer is not None:
+                self.give(answer)
+
+
+class _SlippedIn:
+    """In the queue behind the work that an urgent head may slip into: it ran there, or runs now."""
 
 
 class ComputeThread:
-    """Runs one piece of work at a time on a stage executor.
+    """Runs one piece of work at a time on a stage executor. A head may slip in between the layers
+    of the work under way: its requests have waited for a whole turn of the ring.
 
     `layers_done` grows between layers, and before the head: work that stands still is seen from
     outside. `is_handing_on` is true from the end of work whose rows go to another stage until
@@ -99,11 +109,12 @@ class ComputeThread:
     def __init__(self, executor: StageExecutor) -> None:
         self._executor = executor
         self._cancelled = threading.Event()
-        self._is_busy = False
+        self._under_way = 0
+        self._urgent: queue.SimpleQueue[RunHead] = queue.SimpleQueue()
         self.layers_done = 0
         self.execute_ns = 0
         self.is_handing_on = False
-        self._thread: WorkerThread[Work, Computed] = WorkerThread("compute", self._run)
+        self._thread: WorkerThread[Work | _SlippedIn, Computed] = WorkerThread("compute", self._run)
 
     @property
     def wake_fd(self) -> int:
@@ -112,8 +123,8 @@ class ComputeThread:
 
     @property
     def is_busy(self) -> bool:
-        """True from `submit` until the answer is collected."""
-        return self._is_busy
+        """True from `submit` until all answers are collected."""
+        return self._under_way > 0
 
     def configure(self, layers: LayerRange) -> None:
         """Compute other layers from now on.
@@ -121,27 +132,35 @@ class ComputeThread:
         Raises:
             AccountingError: work is under way.
         """
-        if self._is_busy:
+        if self.is_busy:
             raise AccountingError("a stage cannot change its layers while it computes")
         self._executor.configure(layers)
 
     def submit(self, work: Work) -> None:
-        """Start a piece of work. The last one's answer must have been collected."""
-        if self._is_busy:
+        """Start a piece of work. The last one's answer must have been collected, but for one head
+        that slips into it.
+
+        Raises:
+            AccountingError: too much is under way already.
+        """
+        if self._under_way > 1 or (self.is_busy and not isinstance(work, RunHead)):
             raise AccountingError("work is under way already")
-        self._is_busy = True
+        self._under_way += 1
+        if self._under_way > 1 and isinstance(work, RunHead):
+            self._urgent.put(work)
+            self._thread.submit(_SlippedIn())
+            return
         self._cancelled.clear()
         self._thread.submit(work)
 
     def collect(self) -> list[Computed]:
-        """The answer to the work under way, if it is there.
+        """Answers to the work under way, if they are there.
 
         Raises:
             BaseException: what the work raised.
         """
         answers = self._thread.answers()
-        if answers:
-            self._is_busy = False
+        self._under_way -= len(answers)
         return answers
 
     def handed_on(self) -> None:
@@ -157,12 +176,26 @@ class ComputeThread:
         self._cancelled.set()
         self._thread.join()
 
-    def _run(self, work: Work) -> Computed:
+    def _run(self, work: Work | _SlippedIn) -> Computed | None:
         begin_ns = time.monotonic_ns()
         try:
+            if isinstance(work, _SlippedIn):
+                self._slip_in()
+                return None
             return self._compute(work)
         finally:
             self.execute_ns += time.monotonic_ns() - begin_ns
+
+    def _slip_in(self) -> None:
+        """Run the head that waits, if one does."""
+        try:
+            work = self._urgent.get_nowait()
+        except queue.Empty:
+            return
+        try:
+            self._thread.give(self._compute(work))
+        except BaseException as error:  # noqa: BLE001 - handed to the control thread whole
+            self._thread.give(error)
 
     def _compute(self, work: Work) -> Computed:
         if isinstance(work, RunHead):
@@ -186,6 +219,7 @@ class ComputeThread:
 
     def _between(self) -> bool:
         self.layers_done += 1
+        self._slip_in()
         return self._cancelled.is_set()
 
 

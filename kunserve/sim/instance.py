@@ -198,6 +198,7 @@ class SimInstance:
         self._parts_under_way = 0
         self._peers: dict[InstanceId, PeerAddress] = {}
         self._flight: _Flight | None = None
+        self._slipped: RunHead | None = None
         self._is_woken = False
         self._execute_ns = 0
         self._layers_done = 0
@@ -434,7 +435,8 @@ class SimInstance:
         self._executor.layers = action.layers
 
     def _compute(self, work: Work) -> None:
-        if self._flight is not None or self._computed:
+        is_slipping = isinstance(work, RunHead) and self._flight is not None
+        if (self._flight is not None and not is_slipping) or self._slipped is not None:
             raise AccountingError("work is given while other work is under way")
         try:
             self._executor.check_killers(work)
@@ -443,10 +445,30 @@ class SimInstance:
             self.killed_by = error.request_id
             self._network.end()
             return
+        if isinstance(work, RunHead) and self._flight is not None:
+            self._slip_in(work, self._flight)
+            return
         layers = 1 if isinstance(work, RunHead) else len(self._executor.layers)
         layer_ns = max(1, self._work_ns(work) // layers)
         flight = self._flight = _Flight(work, self._timeline.now_ns, layer_ns, layers, layers)
         self._timeline.at(flight.end_ns, partial(self._when_running, partial(self._end, flight)))
+
+    def _slip_in(self, work: RunHead, flight: _Flight) -> None:
+        """Between two layers of the work under way, which ends later for it."""
+        head_ns = self._work_ns(work)
+        flight.begin_ns += head_ns
+        self._slipped = work
+        end_ns = self._timeline.now_ns + head_ns
+        self._timeline.at(end_ns, partial(self._when_running, self._end_slipped))
+        self._timeline.at(flight.end_ns, partial(self._when_running, partial(self._end, flight)))
+
+    def _end_slipped(self) -> None:
+        work, self._slipped = self._slipped, None
+        if work is None or self._stuck_since_ns <= self._timeline.now_ns:
+            return
+        result, payload = self._executor.run(work, 1)
+        self._computed.append(Computed(work, result, payload))
+        self._wake()
 
     def _work_ns(self, work: Work) -> int:
         chunks = work.plan.chunks if isinstance(work, RunFirst | RunHead) else work.chunks
@@ -467,7 +489,8 @@ class SimInstance:
         flight = self._flight
         if flight is None or isinstance(flight.work, RunHead):
             return
-        done = -(-(self._timeline.now_ns - flight.begin_ns) // flight.layer_ns)
+        elapsed_ns = max(0, self._timeline.now_ns - flight.begin_ns)  # less heads that slipped in
+        done = -(-elapsed_ns // flight.layer_ns)
         if done < flight.layers:
             flight.layers = done
             end_ns = max(flight.end_ns, self._timeline.now_ns)
@@ -475,6 +498,8 @@ class SimInstance:
 
     def _end(self, flight: _Flight) -> None:
         if self._flight is not flight or self._stuck_since_ns <= flight.end_ns:
+            return
+        if self._timeline.now_ns < flight.end_ns:  # a head slipped in: it ends later
             return
         self._flight = None
         result, payload = self._executor.run(flight.work, flight.layers)
