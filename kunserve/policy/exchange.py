@@ -279,6 +279,10 @@ def _plan_target(
             f"instance {short.instance} lacks pages for the exchange; try again when less of the "
             "KVCache is in use"
         )
+    # With credit for all arrivals at once the exchange never waits for a page to come free: for
+    # that, half of what new requests could have now may come when it is over.
+    unhindered = min(_fresh_beside(stage, members, plans) for stage in stages)
+    now = min(now, max(unhindered, now // 2))
     last = min(_fresh_last(stage, members, plans) for stage in stages)
     own = {page for page, content in live.items() if content.target == index}
     empty = interleaved(members[stage.instance].slot for stage in stages)
@@ -299,6 +303,15 @@ def _fresh_now(
     busiest = max(plan.leaving_pages, plan.arriving_pages)
     left = members[stage.instance].kv_pages - plan.staying_pages - busiest - plan.escrow_pages
     return left // len(stage.layers)
+
+
+def _fresh_beside(
+    stage: Stage, members: Mapping[InstanceId, Member], plans: Mapping[InstanceId, MemberPlan]
+) -> int:
+    """And of those, as many as fit when all arrivals are mapped before anything has left."""
+    plan = plans[stage.instance]
+    moving = plan.leaving_pages + plan.arriving_pages + plan.escrow_pages
+    return (members[stage.instance].kv_pages - plan.staying_pages - moving) // len(stage.layers)
 
 
 def _fresh_last(

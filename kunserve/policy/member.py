@@ -159,7 +159,8 @@ class Member:
         self._urgent: RunHead | None = None  # between the layers of the active work
         # A transition
         self._transition = TransitionId(-1)
-        self._prepare: Prepare | None = None
+        self._prepare: Prepare | None = None  # that is not answered yet
+        self._is_preparing = False
         self._is_compacting = False
         self._is_gathering = False
         self._fence: Fence | None = None  # that is not answered yet
@@ -333,6 +334,7 @@ class Member:
             num_stages=len(group.stages),
             max_num_seqs=most_seqs,
             max_moves_per_step=max(1, most_moves),
+            capacity_blocks=capacity_blocks,
         )
         pool = BlockPool(slots.slot_blocks, self._blocks_per_page)
         return Scheduler(limits, pool, cost, group.epoch)
@@ -579,6 +581,7 @@ class Member:
     def _step_transition(self, now_ns: int) -> None:
         """Say what is done since the last turn."""
         self._end_compaction()
+        self._begin_prepare()
         self._end_prepare()
         self._end_gather()
         self._go_on_resetting()
@@ -631,14 +634,24 @@ class Member:
     def _on_prepare(self, message: Prepare, now_ns: int) -> None:
         self._transition = message.transition
         unknown = [peer for peer in message.peers if peer not in self._peers]
-        if unknown or self._mover.has_quarantine or self._group is None:
-            what = "it is in no group" if self._group is None else "a transfer has not ended yet"
-            reason = f"it has no link to instances {unknown}" if unknown else what
+        if unknown or self._group is None:
+            reason = f"it has no link to instances {unknown}" if unknown else "it is in no group"
             self._refuse(message.transition, reason)
             return
+        self._prepare = message
+        self._is_preparing = False
+
+    def _begin_prepare(self) -> None:
+        """Once an aborted transition has left nothing behind: no pages on their way back, and no
+        transfer that may still write."""
+        message = self._prepare
+        if message is None or self._is_preparing:
+            return
+        if self._turning_back is not None or self._mover.has_quarantine:
+            return
+        self._is_preparing = True
         if message.keep is not None:
             self._give_up_pages(set(pages_of(message.keep)))
-        self._prepare = message
         self._mover.bring(message.gains)
 
     def _give_up_pages(self, keep: set[int]) -> None:
@@ -649,7 +662,7 @@ class Member:
         self._memory.unmap_kv_many({layer: runs for layer, runs in given.items() if runs})
 
     def _end_prepare(self) -> None:
-        if self._prepare is None:
+        if self._prepare is None or not self._is_preparing:
             return
         if self._mover.refusal:
             self._prepare = None

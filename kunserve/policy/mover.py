@@ -57,6 +57,7 @@ class _KvPull:
     """A move in the pump."""
 
     move: PageMove
+    copies: tuple[PageCopy, ...]
     attempts: int = 1
 
 
@@ -98,6 +99,7 @@ class Mover:
         self._leader = instance
         self._queue: deque[PageMove] = deque()
         self._mapped: deque[PageMove] = deque()  # their pages are there, nothing in them yet
+        self._arrivals: dict[int, dict[int, int]] = {}  # layer -> range page -> physical, of those
         self._pulls: dict[int, _KvPull] = {}
         self._failed: list[PageMove] = []
         self._departures: dict[int, PageMove] = {}
@@ -248,7 +250,8 @@ class Mover:
         if self._queue and not self._mapped:
             self._map_ahead()
         while self._mapped and self._has_room():
-            self._pull(_KvPull(self._mapped.popleft()))
+            move = self._mapped.popleft()
+            self._pull(_KvPull(move, self._copies(move)))
 
     def _map_ahead(self) -> None:
         """Map the pages of the next moves, as far as credit goes.
@@ -261,9 +264,13 @@ class Mover:
         credit = self._memory.free_pages + (0 if is_gather else self._memory.escrow_pages)
         wanted: dict[int, set[int]] = {}
         pages = 0
+        there: dict[int, set[int]] = {}
         while self._queue and pages < MAP_BATCH_PAGES:
             move = self._queue[0]
-            absent = [layer for layer in move.layers if not self._has_page(layer, move.page)]
+            for layer in move.layers:
+                if layer not in there:
+                    there[layer] = set(pages_of(self._memory.kv_runs(layer)))
+            absent = [layer for layer in move.layers if move.page not in there[layer]]
             if pages + len(absent) > credit:
                 if is_gather:
                     self._queue.clear()
@@ -275,6 +282,15 @@ class Mover:
         if wanted:
             runs = {layer: runs_of(given) for layer, given in wanted.items()}
             self._memory.map_kv_many(runs, arriving=not is_gather)
+        # Looked up once for the batch: a move asks for as many pages as it has layers.
+        self._arrivals = {layer: self._physical_pages(layer) for layer in there}
+
+    def _physical_pages(self, layer: int) -> dict[int, int]:
+        return {
+            extent.range_page + offset: extent.physical_page + offset
+            for extent in self._memory.ledger.extents(layer)
+            for offset in range(extent.count)
+        }
 
     def _has_room(self) -> bool:
         if self._window_pages is None or not self._pulls:
@@ -282,19 +298,17 @@ class Mover:
         pages = sum(len(pull.move.layers) for pull in self._pulls.values())
         return pages + len(self._mapped[0].layers) <= self._window_pages
 
-    def _has_page(self, layer: int, page: int) -> bool:
-        return bool(self._memory.ledger.extents(layer, PageRun(page, 1)))
-
-    def _pull(self, pull: _KvPull) -> None:
-        move = pull.move
-        transfer = self._take_number()
-        self._pulls[transfer] = pull
-        copies = tuple(
-            PageCopy(self._memory.physical_page(layer, move.page), remote, first, count)
+    def _copies(self, move: PageMove) -> tuple[PageCopy, ...]:
+        return tuple(
+            PageCopy(self._arrivals[layer][move.page], remote, first, count)
             for layer, remote in zip(move.layers, move.physical_pages, strict=True)
             for first, count in _block_runs(move.block_mask)
         )
-        self._actions.append(Pull(transfer, move.source, copies))
+
+    def _pull(self, pull: _KvPull) -> None:
+        transfer = self._take_number()
+        self._pulls[transfer] = pull
+        self._actions.append(Pull(transfer, pull.move.source, pull.copies))
 
     def pulled(self, transfer: int, error: str | None) -> None:
         """A pull has ended: no byte of it is written any more."""
@@ -312,7 +326,7 @@ class Mover:
         pull = self._pulls.pop(transfer)
         if error is not None:
             if pull.attempts < MOST_ATTEMPTS:
-                self._pull(_KvPull(pull.move, pull.attempts + 1))
+                self._pull(_KvPull(pull.move, pull.copies, pull.attempts + 1))
             elif self._mode is Mode.EXCHANGE:
                 self._failed.append(pull.move)  # the front sees that nothing gets on
         else:

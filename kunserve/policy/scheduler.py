@@ -86,6 +86,9 @@ class SchedulerConfig:
     """Share full blocks of equal prefixes, and keep them after their request until evicted."""
     num_stages: int = 1
     """Stages of the group: as many steps may be in flight, each with its share of the decodes."""
+    capacity_blocks: int = 0
+    """Blocks that the group will have when a transition under way is over, for refusing what can
+    never fit. 0: those of the pool."""
     max_moves_per_step: int = 64
     """Most blocks that a step copies while the group is compacted."""
 
@@ -314,7 +317,8 @@ class Scheduler:
     @property
     def _capacity_tokens(self) -> int:
         pending = len(self._pending) * self._pool.blocks_per_page
-        return (self._pool.backed_blocks + pending) * self._config.block_size
+        blocks = max(self._pool.backed_blocks + pending, self._config.capacity_blocks)
+        return blocks * self._config.block_size
 
     def add(self, request: Request) -> None:
         """Take a lease: the request waits, ordered by arrival.
