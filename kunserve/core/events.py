@@ -100,11 +100,13 @@ class GroupReport:
 @dataclass(frozen=True)
 class Heartbeat:
     """An instance lives and makes progress: sent when idle, and while a long step gets on.
-    `pages`: its physical pages by kind of owner."""
+    `pages`: its physical pages by kind of owner. `timing`: of all that it computes, whatever its
+    place in a group."""
 
     instance: InstanceId
     incarnation: int
     pages: tuple[tuple[str, int], ...] = ()
+    timing: StepTiming = StepTiming()
 
 
 @dataclass(frozen=True)

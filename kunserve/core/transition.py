@@ -371,7 +371,8 @@ class Adopted:
 @dataclass(frozen=True)
 class MoveProgress:
     """How far this member's exchange is. Said when it gets on; complete when nothing is left to
-    pull here and all departures are acknowledged."""
+    pull here and all departures are acknowledged. `link_bytes`: pulled since the start of the
+    instance, unfinished moves included: a slow link is no dead one."""
 
     instance: InstanceId
     incarnation: int
@@ -380,6 +381,7 @@ class MoveProgress:
     pulled_bytes: int
     is_complete: bool
     waits_for: InstanceId | None = None
+    link_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -477,7 +479,7 @@ class PhaseTime:
 @dataclass(frozen=True)
 class TransitionRecord:
     """One transition, for the log, metrics and whoever asked for it. Written at COMMIT, ABORTED or
-    BROKEN, and again when it is over."""
+    BROKEN, and again when it is over. `activation_p99_ns`: the slowest member's."""
 
     id: TransitionId
     kind: str
@@ -489,6 +491,7 @@ class TransitionRecord:
     phases: tuple[PhaseTime, ...] = ()
     freed_bytes: int = 0
     gained_bytes: int = 0
+    gained_from_file_bytes: int = 0
     exchanged_bytes: int = 0
     gathered_bytes: int = 0
     remap_ns: int = 0

@@ -82,6 +82,7 @@ class InstanceRecord:
     costs: tuple[float, ...] = ()
     parts: dict[Part, tuple[PageRun, ...]] = field(default_factory=dict)
     pages: dict[str, int] = field(default_factory=dict)
+    timing: StepTiming = field(default_factory=StepTiming)
     address: PeerAddress | None = None
     is_draining: bool = False
     last_heard_ns: int = 0
@@ -112,7 +113,6 @@ class GroupRecord:
     is_frozen: bool = False
     pages: tuple[PageRun, ...] = ()
     load: GroupLoad | None = None
-    timing: StepTiming = field(default_factory=StepTiming)
     leases_sent: int = 0
     unseen: list[tuple[int, int]] = field(default_factory=list)
     requests: set[RequestId] = field(default_factory=set)

@@ -37,6 +37,7 @@ from kunserve.core.events import (
     RequestSubmitted,
     RevokeLease,
     StartInstance,
+    StepTiming,
     WishKind,
 )
 from kunserve.core.ids import InstanceId, RequestId
@@ -287,7 +288,7 @@ class Controller:
         if group is None or group.epoch != event.epoch:
             return
         group.load = event.load
-        group.timing = event.timing
+        instance.timing = event.timing
         group.unseen = [lease for lease in group.unseen if lease[0] > event.load.leases_seen]
         for request_id in event.started:
             self._mark_started(request_id, group)
@@ -337,6 +338,7 @@ class Controller:
         if event.incarnation == instance.incarnation:
             instance.last_heard_ns = now_ns
             instance.pages = dict(event.pages)
+            instance.timing = event.timing
         yield from ()
 
     # ------------------------------------------------------------ instances
@@ -395,6 +397,10 @@ class Controller:
         yield from self._introduce()
         for survivor in survivors:
             yield from self._coordinator.reset(self._instances[survivor], now_ns)
+        # Before the end of a transition leases what waits: these must not be leased again.
+        for request_id in orphans:
+            if self._requests[request_id].losses >= self._config.max_losses:
+                yield from self._continue_elsewhere(request_id, event.reason)
         yield from self._coordinator.lost(instance.id, event.reason, now_ns)
         if not self._may_serve():
             orphans = list(self._requests)
@@ -402,6 +408,8 @@ class Controller:
             yield from self._continue_elsewhere(request_id, event.reason)
 
     def _plan_restart(self, instance: InstanceRecord, now_ns: int) -> None:
+        instance.pages = {}
+        instance.timing = StepTiming()
         if instance.restarts_in_row >= self._config.max_restarts:
             instance.state = InstanceState.DEAD
             return

@@ -7,7 +7,7 @@ exchange, and the plan is part of the orders.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -74,6 +74,7 @@ from kunserve.policy.planner import (
     next_step,
     restore_all,
 )
+from kunserve.policy.prefix import block_hashes
 from kunserve.policy.transition import Signal, State, Transition
 
 Commands = Iterator[Command]
@@ -84,9 +85,9 @@ GATHER_HEADROOM = 0.85
 
 @dataclass
 class Pursuit:
-    """A wish that is being carried out."""
+    """A wish that is being carried out, and the numbers of all who asked for it."""
 
-    number: int
+    numbers: list[int]
     kind: WishKind
     groups: Wish
     why: str
@@ -108,6 +109,7 @@ class Active:
     """A transition under way, and what its members have said so far."""
 
     transition: Transition
+    wish: int
     homes: tuple[Home, ...] = ()
     gathers: bool = True
     is_overtaken: bool = False
@@ -123,6 +125,7 @@ class Active:
     record: TransitionRecord | None = None
     gathered_pages: int = 0
     gained_pages: int = 0
+    gained_from_file: int = 0
     remap_ns: int = 0
 
     @property
@@ -147,7 +150,7 @@ class Coordinator:
         self._next_id = 0
         self._answers: dict[type, Callable[[Active, Any, int], Commands]] = {
             Refused: self._on_refused,
-            Compacted: self._on_compacted,
+            Compacted: self._on_answer,
             Prepared: self._on_prepared,
             Snapshotted: self._on_snapshotted,
             Gathered: self._on_gathered,
@@ -198,6 +201,11 @@ class Coordinator:
             yield AnswerWish(number, False, "this cluster has whole instances only")
             return
         serving = self._book.layout.groups
+        away = self._away(groups)
+        if away or not serving:
+            what = f"instances {away} do not serve now" if away else "no instance serves now"
+            yield AnswerWish(number, False, f"{what}; try again when they do")
+            return
         try:
             wished = self._wanted(kind, groups)
             shape = self._shape()
@@ -205,15 +213,23 @@ class Coordinator:
         except LayoutError as error:
             yield AnswerWish(number, False, f"illegal: {error}")
             return
-        if self._pursuit is not None:
-            yield AnswerWish(self._pursuit.number, False, "another layout was wished meanwhile")
-        self._pursuit = Pursuit(number, kind, wished, why)
+        if self._pursuit is not None and _same(self._pursuit.groups, wished):
+            self._pursuit.numbers.append(number)
+            return
+        yield from self.withdraw("another layout was wished meanwhile")
+        self._pursuit = Pursuit([number], kind, wished, why)
         for active in tuple(self._active.values()):
             if active.transition.can_turn_back:
                 active.transition.reason = "another layout was wished"
                 active.is_overtaken = True
                 yield from self._signal(active, Signal.NEW_WISH, now_ns)
         yield from self._pursue(now_ns)
+
+    def _away(self, groups: Wish) -> list[InstanceId]:
+        """Instances of the cluster that are wished, but are in no group now."""
+        named = {instance for group in groups for instance in group}
+        serving = {i for group in self._book.layout.groups for i in group.instances}
+        return sorted(named & self._book.instances.keys() - serving)
 
     def _wanted(self, kind: WishKind, groups: Wish) -> Wish:
         """The partition that is wished, of the instances that serve now. Those that drain stay, or
@@ -240,7 +256,13 @@ class Coordinator:
         """The wish that is being carried out will not come true."""
         if self._pursuit is not None:
             pursuit, self._pursuit = self._pursuit, None
-            yield AnswerWish(pursuit.number, False, message)
+            for number in pursuit.numbers:
+                yield AnswerWish(number, False, message)
+
+    def _withdraw(self, active: Active, message: str) -> Commands:
+        """`withdraw`, if that transition was begun for the wish that is pursued now."""
+        if self._pursuit is not None and self._pursuit.numbers[0] == active.wish:
+            yield from self.withdraw(message)
 
     def _pursue(self, now_ns: int) -> Commands:
         """Begin the next step towards the wish, unless one is under way."""
@@ -259,16 +281,16 @@ class Coordinator:
             yield from self._grant()
             return
         for planned in step.transitions:
-            yield from self._begin(planned, pursuit.why, now_ns)
+            yield from self._begin(planned, pursuit, now_ns)
 
     def _grant(self) -> Commands:
         pursuit = self._pursuit
         if pursuit is None:
             return
         self._pursuit = None
-        yield AnswerWish(
-            pursuit.number, True, f"the layout is as wished at epoch {self._book.epoch}"
-        )
+        message = f"the layout is as wished at epoch {self._book.epoch}"
+        for number in pursuit.numbers:
+            yield AnswerWish(number, True, message)
 
     def _grant_if_reached(self) -> Commands:
         """At COMMIT: the layout may be as wished already."""
@@ -311,18 +333,18 @@ class Coordinator:
 
     # ------------------------------------------------------------ a transition's life
 
-    def _begin(self, planned: PlannedTransition, why: str, now_ns: int) -> Commands:
+    def _begin(self, planned: PlannedTransition, pursuit: Pursuit, now_ns: int) -> Commands:
         transition = Transition(
             id=TransitionId(self._next_id),
             kind=planned.kind,
-            why=why,
+            why=pursuit.why,
             sources=planned.sources,
             targets=self._name(planned),
             gains={i: parts for i, parts in planned.gains.items() if parts},
             begun_ns=now_ns,
         )
         self._next_id += 1
-        active = Active(transition)
+        active = Active(transition, pursuit.numbers[0])
         self._active[transition.id] = active
         is_merge = planned.kind is TransitionKind.MERGE
         yield from self._signal(active, Signal.MERGE if is_merge else Signal.SPLIT, now_ns)
@@ -345,7 +367,8 @@ class Coordinator:
         if state is before:
             return
         config = self._book.config
-        is_long = state in (State.COMPACT, State.PREPARE, State.GATHER)
+        brings_in = transition.kind is TransitionKind.SPLIT
+        is_long = brings_in and state in (State.COMPACT, State.PREPARE, State.GATHER)
         timeout_ns = config.long_timeout_ns if is_long else config.answer_timeout_ns
         transition.deadline_ns = now_ns + timeout_ns
         transition.waiting_for = set()
@@ -410,13 +433,11 @@ class Coordinator:
         transition.reason = f"instance {report.instance}: {report.reason}"
         yield from self._signal(active, Signal.REFUSED, now_ns)
 
-    def _on_compacted(self, active: Active, report: Compacted, now_ns: int) -> Commands:
-        yield from self._on_answer(active, report, now_ns)
-
     def _on_prepared(self, active: Active, report: Prepared, now_ns: int) -> Commands:
         self._book.instances[report.instance].parts = _parts_of(report.parts)
         active.extents[report.instance] = report.extents
         active.gained_pages += report.gained_pages
+        active.gained_from_file += report.gained_from_file
         yield from self._on_answer(active, report, now_ns)
 
     def _on_snapshotted(self, active: Active, report: Snapshotted, now_ns: int) -> Commands:
@@ -560,6 +581,7 @@ class Coordinator:
             record = self._book.groups.get(group.id)
             if record is not None:
                 record.is_frozen = False
+        self._forget_gains(active)
         pages = self._given_up(active)
         told = [i for i in transition.members if self._book.instances[i].is_alive]
         if pages:
@@ -569,11 +591,19 @@ class Coordinator:
             self._regrows[transition.id] = regrow
         for instance in told:
             yield Abort(instance, transition.id, pages)
-        yield LogTransition(transition.record())
+        gained_bytes = active.gained_pages * self._book.config.page_bytes
+        yield LogTransition(replace(transition.record(), gained_bytes=gained_bytes))
         if not active.is_overtaken:
-            yield from self.withdraw(f"not possible now: {transition.reason}")
+            yield from self._withdraw(active, f"not possible now: {transition.reason}")
         yield from self._dispatch_parked()
         yield from self._over(active, now_ns)
+
+    def _forget_gains(self, active: Active) -> None:
+        """Members release what they brought in: nobody may pull it from them."""
+        for group in active.transition.sources:
+            for instance, held in self._shape().group_parts(group.stages).items():
+                record = self._book.instances[instance]
+                record.parts = {p: runs for p, runs in record.parts.items() if p in held}
 
     def _given_up(self, active: Active) -> tuple[PageRun, ...]:
         """What `Prepare.keep` gave up: all that the source group had, unless it is broken."""
@@ -646,6 +676,9 @@ class Coordinator:
         assert active.plan is not None
         bpp, size = self._book.config.blocks_per_page, self._book.config.block_size
         room = [target.num_pages * bpp for target in active.plan.targets]
+        drained = [i for i, group in enumerate(active.transition.targets) if self._drains(group)]
+        for index in drained if len(drained) < len(room) else ():
+            room[index] = -(1 << 40)  # nothing new goes there
         for tenant in tenants:
             room[tenant.target] -= len(tenant.blocks)
         for request in waiting:
@@ -709,17 +742,23 @@ class Coordinator:
         after = [shape.group_parts(group.stages) for group in transition.targets]
         held = sum(parts[part] for groups in before for held in groups.values() for part in held)
         then = sum(parts[part] for groups in after for held in groups.values() for part in held)
-        moved = sum(len(m.layers) for member in plan.members.values() for m in member.moves)
-        gathered = sum(len(m.layers) for m in active.planned_gather if m.number in active.gathered)
+        moves = [move for member in plan.members.values() for move in member.moves]
+        gathered = [move for move in active.planned_gather if move.number in active.gathered]
         return replace(
             transition.record(),
             freed_bytes=max(0, held - then) * config.page_bytes,
             gained_bytes=active.gained_pages * config.page_bytes,
-            exchanged_bytes=moved * config.page_bytes,
-            gathered_bytes=gathered * config.page_bytes,
-            moved_pages=moved,
+            gained_from_file_bytes=active.gained_from_file * config.page_bytes,
+            exchanged_bytes=self._bytes_of(moves),
+            gathered_bytes=self._bytes_of(gathered),
+            moved_pages=sum(len(move.layers) for move in moves),
             requests=len(active.adopted),
         )
+
+    def _bytes_of(self, moves: Iterable[PageMove]) -> int:
+        """What is pulled: blocks with content, not whole pages."""
+        blocks = sum(move.block_mask.bit_count() * len(move.layers) for move in moves)
+        return blocks * self._book.config.page_bytes // self._book.config.blocks_per_page
 
     # ------------------------------------------------------------ after COMMIT
 
@@ -731,14 +770,14 @@ class Coordinator:
         for index, group in enumerate(transition.targets):
             target = plan.targets[index]
             record = self._book.groups[group.id]
-            record.is_frozen = False
+            record.is_frozen = self._drains(group)
             for instance in group.instances:
                 order = Adopt(
                     instance=instance,
                     transition=transition.id,
                     group=group.id,
                     epoch=group.epoch,
-                    moves=_preferred(plan.members[instance].moves),
+                    moves=tuple(plan.members[instance].moves),
                     capacity_blocks=target.num_pages * config.blocks_per_page,
                 )
                 if instance == group.leader:
@@ -750,6 +789,10 @@ class Coordinator:
                     )
                 yield order
         yield from self._dispatch_parked()
+
+    def _drains(self, group: Group) -> bool:
+        """A whole instance that is to be taken out of service."""
+        return len(group.stages) == 1 and self._book.instances[group.leader].is_draining
 
     def _adopted_requests(self, active: Active, record: GroupRecord) -> tuple[AdoptedRequest, ...]:
         """The group's requests as they are now, by arrival; some clients may have gone."""
@@ -784,6 +827,7 @@ class Coordinator:
             if plan.targets[index].later:
                 later = runs_of(plan.targets[index].later)
                 yield Grow(group.leader, group.id, group.epoch, later)
+        self._remember_prefixes(transition.targets)
         assert active.record is not None
         finished = active.finished.values()
         yield LogTransition(
@@ -799,6 +843,15 @@ class Coordinator:
         )
         yield from self._over(active, now_ns)
 
+    def _remember_prefixes(self, groups: Iterable[Group]) -> None:
+        """Dispatch by prefix goes on: blocks kept their content."""
+        for group in groups:
+            record = self._book.groups[group.id]
+            for request_id in record.requests:
+                lease = self._book.requests[request_id].lease()
+                tokens = lease.prompt_token_ids + lease.output_token_ids
+                record.prefixes.insert(block_hashes(tokens, self._book.config.block_size))
+
     def _enter_broken(self, active: Active, now_ns: int) -> Commands:
         """The caller has broken the groups; the record says what became of the transition."""
         transition = active.transition
@@ -810,10 +863,11 @@ class Coordinator:
                 reason=transition.reason,
                 phases=tuple(transition.phases),
                 remap_ns=active.remap_ns,
+                exchanged_bytes=sum(r.pulled_bytes for r in active.progress.values()),
                 recomputed=len(active.adopted),
             )
         )
-        yield from self.withdraw(f"broken: {transition.reason}")
+        yield from self._withdraw(active, f"broken: {transition.reason}")
         yield from self._over(active, now_ns)
 
     # ------------------------------------------------------------ deaths and deadlines
@@ -899,6 +953,6 @@ def _parts_of(parts: tuple[PartRuns, ...]) -> dict[Part, tuple[PageRun, ...]]:
     return {held.part: held.runs for held in parts}
 
 
-def _preferred(moves: list[PageMove]) -> tuple[PageMove, ...]:
-    """In the order in which they were planned: pages of the shortest requests first."""
-    return tuple(moves)
+def _same(one: Wish, other: Wish) -> bool:
+    """The same partition, in whatever order."""
+    return {frozenset(group) for group in one} == {frozenset(group) for group in other}

@@ -112,17 +112,13 @@ PROGRESS_INTERVAL_NS = 50_000_000
 
 @dataclass(frozen=True)
 class MemberConfig:
-    """What a member is told at its start.
-
-    `window_pages`: see `Mover`. `has_links`: it can be a member of larger groups.
-    """
+    """What a member is told at its start. `window_pages`: see `Mover`."""
 
     instance: InstanceId
     incarnation: int
     num_layers: int
     scheduler: SchedulerConfig
     window_pages: int | None = 64
-    has_links: bool = True
 
 
 class Member:
@@ -172,7 +168,7 @@ class Member:
         self._pending_moves: dict[int, int] = {}
         self._early: list[PagesPulled] = []
         self._peers: frozenset[InstanceId] = frozenset()
-        self._progress_said: tuple[int, InstanceId | None] = (-1, None)
+        self._progress_said: tuple[int, int, InstanceId | None] = (-1, 0, None)
         self._progress_ns = 0
         self._activation_delays_ns: list[int] = []
         # What it says
@@ -182,6 +178,7 @@ class Member:
         self._has_stepped = False  # since the last report
         self._has_changed = False  # what is leased, since the last report
         self._steps = 0
+        self._link_bytes = 0
         self._times_ns = (0, 0)  # computing, scheduling: since the start of the instance
         self._layers_reported = 0
         self._orders: dict[type, Callable[[Any, int], None]] = {
@@ -446,7 +443,9 @@ class Member:
 
     # ------------------------------------------------------------ a turn
 
-    def turn(self, now_ns: int, execute_ns: int = 0, schedule_ns: int = 0) -> list[Action]:
+    def turn(
+        self, now_ns: int, execute_ns: int = 0, schedule_ns: int = 0, link_bytes: int = 0
+    ) -> list[Action]:
         """What the world must do now, in order.
 
         A report goes before the work with which requests start: so the front knows which were
@@ -455,7 +454,9 @@ class Member:
         Args:
             execute_ns: time that was computed since the start of the instance.
             schedule_ns: and that which this member and its driver took.
+            link_bytes: pulled from peers since the start of the instance.
         """
+        self._link_bytes = link_bytes
         self._times_ns = (execute_ns, schedule_ns)
         self._plan_steps(now_ns)
         self._step_transition(now_ns)
@@ -534,7 +535,8 @@ class Member:
         if is_stuck:
             return None
         pages = tuple((kind.value, count) for kind, count in self._memory.counts().items())
-        return Heartbeat(config.instance, config.incarnation, pages)
+        timing = StepTiming(self._steps, *self._times_ns)
+        return Heartbeat(config.instance, config.incarnation, pages, timing)
 
     def _say(self, message: Any) -> None:
         self._actions.append(SendFront(message))
@@ -581,11 +583,11 @@ class Member:
     def _step_transition(self, now_ns: int) -> None:
         """Say what is done since the last turn."""
         self._end_compaction()
+        self._end_turning_back()
         self._begin_prepare()
         self._end_prepare()
         self._end_gather()
         self._go_on_resetting()
-        self._end_turning_back()
         own = self._mover.announce()
         if own is not None:
             self._on_pages_pulled(own, now_ns)
@@ -849,7 +851,7 @@ class Member:
         self._is_exchanging = True
         self._adopted = message.transition
         self._activation_delays_ns.clear()
-        self._progress_said = (-1, None)
+        self._progress_said = (-1, 0, None)
         self._mover.exchange(message.transition, group.leader, message.moves)
         early, self._early = self._early, []
         for pulled in early:
@@ -860,7 +862,7 @@ class Member:
         mover = self._mover
         # The leader also counts what others have pulled: then the end is the end for all requests.
         is_complete = not mover.is_moving and not self._pending_moves
-        said = (mover.pulled_moves, mover.waits_for)
+        said = (mover.pulled_moves, self._link_bytes, mover.waits_for)
         is_due = now_ns - self._progress_ns >= PROGRESS_INTERVAL_NS
         if not is_complete and (said == self._progress_said or not is_due):
             return
@@ -873,6 +875,7 @@ class Member:
             pulled_bytes=mover.pulled_pages * self._memory.plan.geometry.page_bytes,
             is_complete=is_complete,
             waits_for=mover.waits_for,
+            link_bytes=self._link_bytes,
         )
 
     def _on_finish(self, message: Finish, now_ns: int) -> None:

@@ -49,7 +49,12 @@ from kunserve.core.events import (
 )
 from kunserve.core.ids import InstanceId, RequestId
 from kunserve.core.request import Request
-from kunserve.core.transition import Fenced, TransitionOrder, TransitionReport
+from kunserve.core.transition import (
+    Fenced,
+    TransitionOrder,
+    TransitionRecord,
+    TransitionReport,
+)
 from kunserve.policy.book import ControllerConfig
 from kunserve.policy.controller import Controller
 from kunserve.policy.scheduler import SchedulerConfig
@@ -363,8 +368,16 @@ class Cluster:
         elif isinstance(command, AnswerWish):
             self._answer(command)
         elif isinstance(command, LogTransition):
-            logger.info("%s", describe(command.record))
-            self._viewer.count(command.record)
+            self._log_transition(command.record)
+
+    def _log_transition(self, record: TransitionRecord) -> None:
+        """COMMIT leaves its record at once; the line for people comes when all is over."""
+        if record.outcome == "commit":
+            epochs = ", ".join(str(group.epoch) for group in record.targets)
+            logger.info("%s #%d: COMMIT, epoch %s", record.kind, record.id, epochs)
+        else:
+            logger.info("%s", describe(record))
+        self._viewer.count(record)
 
     def _answer(self, command: AnswerWish) -> None:
         self._publish()  # whoever is answered finds the layout of the answer

@@ -55,7 +55,7 @@ from kunserve.device.transfer import (
 )
 from kunserve.policy.cost_model import CostModel
 from kunserve.policy.member import Member, MemberConfig
-from kunserve.runtime.codec import LoadProgress, Shutdown, StartFailed
+from kunserve.runtime.codec import CodecError, LoadProgress, Shutdown, StartFailed
 from kunserve.runtime.peers import PeerMesh
 from kunserve.runtime.process import ignore_terminal_signals
 from kunserve.runtime.settings import InstanceSettings
@@ -177,7 +177,6 @@ class Instance:
                 num_layers=engine.spec.num_layers,
                 scheduler=settings.scheduler,
                 window_pages=window if settings.exchange == "coordinated" else None,
-                has_links=has_links,
             ),
             cost_model,
             engine.memory,
@@ -250,6 +249,8 @@ class Instance:
         for done in self._compute.collect():
             self._take_computed(done)
         for part in self._parts.answers():
+            if part.error is not None:
+                logger.warning("transfer %d: %s", part.transfer, part.error)
             self._member.part_ready(part.transfer, part.error)
         failed, self._failed_pulls = self._failed_pulls, []
         for transfer, error in failed:
@@ -259,8 +260,9 @@ class Instance:
                 if pull.error is not None:
                     logger.warning("transfer %d: %s", pull.id, pull.error)
                 self._member.pulled(pull.id, pull.error)
+        link_bytes = self._links.pump.stats.nbytes if self._links is not None else 0
         actions = self._member.turn(
-            time.monotonic_ns(), self._compute.execute_ns, self._schedule_ns
+            time.monotonic_ns(), self._compute.execute_ns, self._schedule_ns, link_bytes
         )
         for action in _work_first(actions):
             self._perform(action)
@@ -276,8 +278,14 @@ class Instance:
             else:
                 self._member.take(message, time.monotonic_ns())
         if self._links is not None:
-            for delivery in self._links.mesh.receive():
+            self._take_deliveries(self._links.mesh)
+
+    def _take_deliveries(self, mesh: PeerMesh) -> None:
+        try:
+            for delivery in mesh.receive():
                 self._member.take_peer(delivery.message, delivery.payload, time.monotonic_ns())
+        except CodecError:
+            logger.exception("a message of a peer was dropped")
 
     def _remap(self, message: Remap) -> None:
         """The one order whose time is its result: the member has no clock."""
@@ -314,7 +322,8 @@ class Instance:
         if self._links is None:
             raise KunserveError(f"{type(action).__name__} needs links, and there are none")
         if isinstance(action, SendPeer):
-            self._links.mesh.send(action.target, action.message, action.payload)
+            if not self._links.mesh.send(action.target, action.message, action.payload):
+                logger.warning("instance %d has no link: a message is dropped", action.target)
         elif isinstance(action, Pull):
             error = self._links.pull(action)
             if error is not None:

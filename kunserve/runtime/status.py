@@ -16,10 +16,10 @@ from kunserve.core.transition import TransitionRecord
 class InstanceStatus:
     """One instance as the front sees it.
 
-    `state` is "starting", "ready", "resetting", "draining", "waiting for restart" or "dead". `load`
-    and `timing` are the group's, on its leader alone. `pages` by kind of owner: "part", "kv",
-    "free", ... . `heartbeat_age_s` counts from
-    the last message of the instance to the moment of the snapshot.
+    `state` is "starting", "ready", "resetting", "draining", "drained", "waiting for restart" or
+    "dead". `load` is the group's, on its leader alone; `timing` is each instance's own. `pages` by
+    kind of owner: "part", "kv", "free", ... . `heartbeat_age_s` counts from the last message of the
+    instance to the moment of the snapshot.
     """
 
     instance: InstanceId

@@ -15,7 +15,7 @@ MIB = 1 << 20
 def describe(record: TransitionRecord) -> str:
     """What a transition did, why, and what it cost. Layers are half-open.
 
-    drop #3 (operator): 0[0:30] + 1[0:30] -> 0[0:12]|1[12:30] epoch 7 done in 406 ms: prepare
+    merge #3 (operator): 0[0:30] + 1[0:30] -> 0[0:12]|1[12:30] epoch 7 done in 406 ms: prepare
     1.2, fence 38, remap 4.1, adopt 2.0, move 361; freed 348 MiB, exchanged 96 MiB; stalled 9
     requests, median 210 ms, at most 340 ms
     """

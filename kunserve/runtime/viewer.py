@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from kunserve.core.events import StepTiming
 from kunserve.core.ids import InstanceId
 from kunserve.core.layout import Part, PartKind
 from kunserve.core.transition import TransitionRecord
@@ -101,7 +100,7 @@ class Viewer:
             state="draining" if is_draining else record.state.value,
             heartbeat_age_s=(now_ns - record.last_heard_ns) / 1e9,
             load=group.load if group is not None and leads else None,
-            timing=group.timing if group is not None and leads else StepTiming(),
+            timing=record.timing,
             pages=record.pages,
         )
 

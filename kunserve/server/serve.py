@@ -140,6 +140,7 @@ def cluster_settings(plan: ServePlan) -> ClusterSettings:
             slot_pages=slots.slot_pages,
             blocks_per_page=plan.memory.geometry.blocks_per_page,
             page_bytes=plan.memory.geometry.page_bytes,
+            long_timeout_ns=int(config.start_timeout * SECOND_NS),
         ),
         start_timeout_s=config.start_timeout,
         log_level=config.log_level,

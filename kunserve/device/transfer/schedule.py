@@ -96,7 +96,7 @@ class PumpSettings:
     """
 
     coordinated: bool = True
-    kv_chunk_bytes: int = 2 << 20
+    kv_chunk_bytes: int = 4 << 20
     weights_chunk_bytes: int = 4 << 20
     jobs_in_flight: int = 4
     gbps: float | None = None
