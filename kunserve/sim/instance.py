@@ -34,6 +34,7 @@ from kunserve.core.errors import AccountingError
 from kunserve.core.events import GroupReport, Heartbeat, InstanceReady
 from kunserve.core.ids import InstanceId, RequestId, SlotId
 from kunserve.core.layout import Group, Part, PartKind
+from kunserve.core.memory import PageRun, pages_of
 from kunserve.core.step import StepResult
 from kunserve.core.transition import PeerAddress, PeerMessage, TransitionReport
 from kunserve.policy.cost_model import ChunkShape, CostModel
@@ -561,6 +562,11 @@ class SimInstance:
     def mapped_pages(self) -> frozenset[int]:
         """Range pages that are backed in some layer."""
         return frozenset(page for shown in self._mapper.kv for page in shown)
+
+    def holds_part(self, part: Part, runs: Sequence[PageRun]) -> bool:
+        """True when all weights of `part` lie in `runs`, and its slab shows them."""
+        pages = pages_of(runs)
+        return self._mapper.parts.get(part) == pages and self.pages.has_part(pages, part)
 
     def holds_its_stage(self) -> bool:
         """Between transitions: exactly the parts of its stage are held, their weights are all

@@ -4,12 +4,14 @@ Safety, after every event:
 
     tokens      each request's stream is its reference stream, every token once and in order
     leases      a request is leased to one living group at a time, with exactly what was delivered;
-                from COMMIT to its Adopt it is on its way to one group
+                from COMMIT to its Adopt it is on its way to one group; under which too many
+                instances in a row were lost, it is leased no more
     refusals    each has a reason that is true when it is given, and no request ends otherwise
     deaths      no request ends more instances than a request may before it is given up
     groups      (group, epoch) is never reused, epochs grow, stages cover every layer exactly once
     orders      only members of a transition hear of it; they are fenced, then all remapped; an
-                instance is in one transition at a time
+                instance is in one transition at a time; who is to give parts to others has them
+                by its stage, so that it keeps them
     wishes      each is answered once: granted when the layout is as wished, else a reason is given
     kills       nothing that makes progress is killed
     drain       complete exactly when nothing is left
@@ -39,9 +41,9 @@ from kunserve.core.events import (
     WishKind,
 )
 from kunserve.core.ids import Epoch, GroupId, InstanceId, RequestId, TransitionId
-from kunserve.core.layout import Group, Layout, whole_instance
+from kunserve.core.layout import Group, Layout, PartKind, whole_instance
 from kunserve.core.request import Request, TokenOutput
-from kunserve.core.transition import Adopt, Fence, Remap, Reset
+from kunserve.core.transition import Adopt, Fence, PartSource, Peers, Prepare, Remap, Reset
 from kunserve.sim.toy_model import KILLER_TOKEN_ID, POISON_TOKEN_ID, reference_outputs
 
 
@@ -77,7 +79,11 @@ GroupName = tuple[GroupId, Epoch]
 
 @dataclass
 class Stream:
-    """One request as its client sees it."""
+    """One request as its client sees it.
+
+    `losses`: of instances in a row, without a token since. All requests of a lost group count one,
+    or the one on trial among them alone.
+    """
 
     request: Request
     expected: tuple[TokenOutput, ...]
@@ -127,6 +133,8 @@ class Laws:
         self._names: set[GroupName] = set()
         self._made_by: dict[GroupName, TransitionId] = {}
         self._fenced: dict[TransitionId, set[InstanceId]] = {}
+        self._orphans: list[Stream] = []  # of the loss that the front has just been told
+        self._on_trial: Stream | None = None
         self._wishes: dict[int, LayoutWished | InstanceDrainWished] = {}
         self._answered: set[int] = set()
         self.commits = 0
@@ -147,9 +155,11 @@ class Laws:
 
     def aborted(self, request_id: RequestId) -> None:
         """A client has gone."""
+        self._count_losses()
         stream = self._streams.get(request_id)
         if stream is not None and stream.state is StreamState.OPEN:
             stream.state = StreamState.ABORTED
+            self._end_trial(stream)
 
     def started(self, request_ids: tuple[RequestId, ...]) -> None:
         """An instance says that these requests left its queue."""
@@ -158,6 +168,7 @@ class Laws:
 
     def instance_lost(self, instance: InstanceId) -> None:
         """The front was told that a process is gone, and its group with it."""
+        self._count_losses()
         self._break_group(instance)
 
     def _break_group(self, instance: InstanceId) -> None:
@@ -172,7 +183,18 @@ class Laws:
             is_on_its_way = stream.on_its_way is not None and stream.on_its_way == made_by
             if stream.leased_to == name or is_on_its_way:
                 stream.leased_to = stream.on_its_way = None
-                stream.losses += 1
+                self._orphans.append(stream)
+
+    def _count_losses(self) -> None:
+        """All groups that broke by one loss are known."""
+        orphans, self._orphans = self._orphans, []
+        trial = self._on_trial
+        for stream in [trial] if trial is not None and trial in orphans else orphans:
+            stream.losses += 1
+
+    def _end_trial(self, stream: Stream) -> None:
+        if self._on_trial is stream:
+            self._on_trial = None
 
     def wished(self, wish: LayoutWished | InstanceDrainWished) -> None:
         """Somebody asks for another layout."""
@@ -201,6 +223,8 @@ class Laws:
         Raises:
             LawBrokenError: it breaks a law.
         """
+        if not isinstance(command, Peers | Reset):
+            self._count_losses()
         if isinstance(command, DeliverTokens):
             self._judge_tokens(command)
         elif isinstance(command, RefuseRequest):
@@ -211,6 +235,9 @@ class Laws:
             self._judge_revoke(command)
         elif isinstance(command, FormGroup):
             self._judge_group(command)
+        elif isinstance(command, Prepare):
+            for source in command.gains:
+                self._judge_source(source)
         elif isinstance(command, Fence | Remap | Adopt | Reset | LogTransition):
             self._judge_transition(command)
         elif isinstance(command, AnswerWish):
@@ -234,6 +261,8 @@ class Laws:
         _law(stream.leased_to is not None, f"tokens of {command.request_id} come from nowhere")
         _law(command.outputs == due, f"{due} was due, {command.outputs} was delivered")
         stream.delivered = end
+        stream.losses = 0
+        self._end_trial(stream)
         stream.has_started = True
         if end == len(stream.expected):
             self._end(stream, StreamState.FINISHED)
@@ -273,6 +302,11 @@ class Laws:
         )
         _law(is_right, f"{command} goes to nobody who leads such a group, but {group}")
         self._check_known(stream, command.request)
+        losses = stream.losses
+        _law(losses < self._max_losses, f"{command.request.id} is leased after {losses} losses")
+        if 0 < losses >= self._max_losses - 1:
+            _law(self._on_trial is None, f"{command.request.id} is leased during another's trial")
+            self._on_trial = stream
         stream.leased_to = (command.group, command.epoch)
         stream.leases += 1
 
@@ -308,8 +342,22 @@ class Laws:
     def _end(self, stream: Stream, state: StreamState) -> None:
         stream.state = state
         stream.leased_to = stream.on_its_way = None
+        self._end_trial(stream)
 
     # ------------------------------------------------------------ transitions
+
+    def _judge_source(self, source: PartSource) -> None:
+        peer, part = source.peer, source.part
+        if peer is None:
+            return
+        group = self._living.get(peer)
+        if group is None:
+            raise LawBrokenError(f"{part} is to come from {peer}, which is in no group")
+        if part.kind is PartKind.LAYER:
+            has_it = part.index in group.stages[group.instances.index(peer)].layers
+        else:
+            has_it = group.leader == peer
+        _law(has_it, f"{part} is to come from {peer}, whose stage of {group} has none")
 
     def _judge_transition(self, command: Command) -> None:
         if isinstance(command, Fence):

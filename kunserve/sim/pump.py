@@ -33,6 +33,7 @@ ERROR_DELAY = SpanNs(2 * MILLISECOND_NS, 96 * MILLISECOND_NS)
 class _Running:
     order: Pull
     is_failing: bool
+    is_held_up: bool = False
     is_over: bool = False
 
 
@@ -66,6 +67,8 @@ class Pump:
         self._slow_until_ns = self._failing_until_ns = self._hung_until_ns = 0
         self._slow_factor = 1
         self.is_closed = False
+        self.struck = 0
+        """Pulls that a fault has slowed down, held up or ended."""
 
     # ------------------------------------------------------------ orders
 
@@ -125,6 +128,7 @@ class Pump:
         duration_ns = self._duration.draw(self._rng)
         if now_ns < self._slow_until_ns:
             duration_ns *= self._slow_factor
+            self.struck += 1
         if self._find(order.peer) is None:
             self._timeline.after(duration_ns, partial(self._end, running, "there is no link"))
             return
@@ -145,10 +149,13 @@ class Pump:
 
     def _finish(self, running: _Running, copies: Sequence[PageCopy]) -> None:
         if self._timeline.now_ns < self._hung_until_ns:
+            self.struck += not running.is_held_up
+            running.is_held_up = True
             if self._hung_until_ns < FOREVER_NS:
                 self._timeline.at(self._hung_until_ns, partial(self._finish, running, copies))
             return
         if running.is_failing:
+            self.struck += 1
             self._write(running, copies[: self._rng.randrange(len(copies) + 1)])
             self._end(running, "the link was lost")
             return

@@ -84,6 +84,12 @@ class ScenarioLimits:
     min_instances: int = 1
 
 
+TRANSITION_LIMITS = ScenarioLimits(
+    max_instances=8, min_instances=2, max_wishes=5, max_faults=6, max_requests=40
+)
+"""Small clusters whose layout changes often, with faults."""
+
+
 def draw_scenario(rng: Random, limits: ScenarioLimits = ScenarioLimits()) -> Scenario:
     """A small, tight cluster: few blocks, so that requests preempt each other. With wishes it
     changes its layout."""

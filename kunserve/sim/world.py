@@ -41,7 +41,7 @@ from kunserve.core.events import (
     StartInstance,
 )
 from kunserve.core.ids import InstanceId, RequestId
-from kunserve.core.transition import PeerAddress, PeerMessage, TransitionOrder
+from kunserve.core.transition import PeerAddress, PeerMessage, Prepare, TransitionOrder
 from kunserve.policy.book import InstanceRecord, InstanceState
 from kunserve.policy.controller import Controller
 from kunserve.sim.faults import (
@@ -98,6 +98,8 @@ class Outcome:
     granted_wishes: int = 0
     transitions: dict[str, int] = field(default_factory=dict)
     """Ends of transitions, by outcome."""
+    struck_pulls: int = 0
+    """Pulls that a fault of a link has slowed down, held up or ended."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,7 @@ class World:
         self._is_draining = False
         self._is_drained = False
         self._preemptions = 0
+        self._struck_pulls = 0
         self._kills = 0
         self._perform_by_type: dict[type, Callable[..., None]] = {
             FormGroup: self._send_down,
@@ -181,6 +184,7 @@ class World:
             LogTransition: self._log,
         }
         self._perform_by_type |= dict.fromkeys(get_args(TransitionOrder), self._send_down)
+        self._perform_by_type[Prepare] = self._prepare
         self._strikes: dict[type, Callable[[SimInstance, Any], None]] = {
             Crash: lambda instance, fault: self.end_by_itself(fault.instance),
             LastWords: lambda instance, fault: instance.end_after(fault.messages),
@@ -337,6 +341,8 @@ class World:
             commits=self._laws.commits,
             granted_wishes=self._laws.granted,
             transitions=dict(Counter(self._laws.outcomes)),
+            struck_pulls=self._struck_pulls
+            + sum(process.instance.pump.struck for process in self._processes.values()),
         )
 
     # ------------------------------------------------------------ the loop of both worlds
@@ -413,6 +419,16 @@ class World:
         process = self._processes.get(command.instance)
         if process is not None:
             process.down.send(command)
+
+    def _prepare(self, command: Prepare) -> None:
+        """Who is to give parts has them now, where the order says."""
+        for source in command.gains:
+            process = self._processes.get(source.peer) if source.peer is not None else None
+            if process is None or not process.instance.is_alive:
+                continue  # from the file, or its end is not known yet
+            if not process.instance.holds_part(source.part, source.runs):
+                raise LawBrokenError(f"{source} is named, but the peer does not hold it there")
+        self._send_down(command)
 
     def _start(self, command: StartInstance) -> None:
         self._check_incarnation(command)
@@ -508,6 +524,7 @@ class World:
         del self._processes[instance.instance]
         self._losses[instance.instance] += 1
         self._preemptions += instance.preemptions
+        self._struck_pulls += instance.pump.struck
         self._laws.instance_lost(instance.instance)
         self._handle(InstanceLost(instance.instance, instance.incarnation, reason))
 

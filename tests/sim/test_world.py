@@ -44,7 +44,14 @@ from kunserve.sim.faults import Crash, Fault, Freeze, LastWords, SlowSteps, Stuc
 from kunserve.sim.instance import SimInstanceConfig
 from kunserve.sim.laws import FrontFacts, LawBrokenError, Laws, StreamState
 from kunserve.sim.memory import PhysicalPages, TableMapper
-from kunserve.sim.scenario import Arrival, Delays, Scenario, ScenarioLimits, draw_scenario
+from kunserve.sim.scenario import (
+    TRANSITION_LIMITS,
+    Arrival,
+    Delays,
+    Scenario,
+    ScenarioLimits,
+    draw_scenario,
+)
 from kunserve.sim.timeline import FOREVER_NS, MILLISECOND_NS, Link, SpanNs, Timeline
 from kunserve.sim.toy_model import (
     EMBEDDING,
@@ -57,12 +64,13 @@ from kunserve.sim.world import Outcome, World
 
 NUM_SEEDS = 250
 SEEDS_PER_TEST = 50
+WHOLE_LIMITS = ScenarioLimits()
 ZERO, ONE, TWO = InstanceId(0), InstanceId(1), InstanceId(2)
 
 
-def run_seed(seed: int) -> tuple[World, Outcome]:
+def run_seed(seed: int, limits: ScenarioLimits = WHOLE_LIMITS) -> tuple[World, Outcome]:
     rng = Random(seed)
-    world = World(draw_scenario(rng), rng)
+    world = World(draw_scenario(rng, limits), rng)
     try:
         return world, world.run()
     except Exception as error:
@@ -91,15 +99,16 @@ def test_the_laws_hold_for_every_seed(first_seed: int) -> None:
     assert all(happened[what] for what in (*counted, *refusals)), happened
 
 
-def test_a_seed_gives_one_trace_in_every_process() -> None:
+@pytest.mark.parametrize("limits", [WHOLE_LIMITS, TRANSITION_LIMITS], ids=["whole", "layouts"])
+def test_a_seed_gives_one_trace_in_every_process(limits: ScenarioLimits) -> None:
     seeds = range(7)
     program = (
         "from random import Random\n"
-        "from kunserve.sim.scenario import draw_scenario\n"
+        "from kunserve.sim.scenario import ScenarioLimits, draw_scenario\n"
         "from kunserve.sim.world import World\n"
         f"for seed in {list(seeds)}:\n"
         "    rng = Random(seed)\n"
-        "    world = World(draw_scenario(rng), rng)\n"
+        f"    world = World(draw_scenario(rng, {limits}), rng)\n"
         "    world.run()\n"
         "    print(world.trace_hash())\n"
     )
@@ -113,9 +122,12 @@ def test_a_seed_gives_one_trace_in_every_process() -> None:
         ).stdout.split()
         for hash_seed in ("1", "2")
     ]
-    here = [run_seed(seed)[0].trace_hash() for seed in seeds]
+    runs = [run_seed(seed, limits) for seed in seeds]
+    here = [world.trace_hash() for world, _ in runs]
     assert printed == [here, here]
     assert len(set(here)) == len(seeds)
+    commits = sum(outcome.commits for _, outcome in runs)
+    assert commits >= len(seeds) if limits.max_wishes else not commits
 
 
 # ---------------------------------------------------------------- one fault at a time
@@ -393,7 +405,7 @@ def test_a_controller_that_blames_nobody_breaks_a_law(monkeypatch: pytest.Monkey
     monkeypatch.setattr(world_module, "Controller", TrustingController)
     scenario = make_scenario(instances=2)
     killer = Arrival(make_request(9, prompt=(1, KILLER_TOKEN_ID)))
-    with pytest.raises(LawBrokenError, match="r9 ended 4 instances"):
+    with pytest.raises(LawBrokenError, match="is leased during another's trial"):
         run(replace(scenario, arrivals=(*scenario.arrivals, killer)))
 
 
@@ -454,6 +466,32 @@ def test_the_laws_count_the_instances_that_a_request_ends() -> None:
         laws.instance_killed_by(REQUEST.id)
     with pytest.raises(LawBrokenError, match="r1 ended 4 instances"):
         laws.instance_killed_by(REQUEST.id)
+
+
+def test_the_laws_object_to_a_lease_after_too_many_losses() -> None:
+    laws = submitted_laws()
+    for number in range(3):
+        laws.judge(replace(LEASE, group=GroupId(2 * number)), CALM)
+        laws.instance_lost(ZERO)
+        laws.judge(FormGroup(ZERO, GroupId(2 * number + 2), EPOCH), CALM)
+    with pytest.raises(LawBrokenError, match="r1 is leased after 3 losses"):
+        laws.judge(replace(LEASE, group=GroupId(6)), CALM)
+
+
+def test_the_laws_object_to_two_trials_at_a_time() -> None:
+    laws = Laws(max_request_tokens=64, max_num_queued_reqs=9, eos_token_ids=(), max_losses=2)
+    two = [REQUEST, make_request(2)]
+    for request in two:
+        laws.submitted(request)
+    for group in (0, 1):
+        laws.judge(FormGroup(ZERO, GroupId(group), EPOCH), CALM)
+        for request in two:
+            laws.judge(LeaseRequest(ZERO, GroupId(group), EPOCH, request), CALM)
+            if group:
+                with pytest.raises(LawBrokenError, match="r2 is leased during another's trial"):
+                    laws.judge(LeaseRequest(ZERO, GroupId(group), EPOCH, two[1]), CALM)
+                break
+        laws.instance_lost(ZERO)
 
 
 def test_the_laws_accept_a_stream_that_moves() -> None:
