@@ -369,7 +369,7 @@ def test_a_drop_while_a_restore_prepares(model: Path, tmp_path: Path):
     """It turns back at once, before pages were given up and after."""
     case = Case("turn back", 2, (), ("--link-gbps", "0.04"))
     with tiny_server(tmp_path, model, case) as server:
-        bodies = tiny_bodies(8, 400)
+        bodies = tiny_bodies(8, 600)
         calm = calm_answers(server, bodies, 120.0)
         with Layouts(server) as layouts, StreamLoad(server.url, bodies) as load:
             load.wait_tokens(1)
