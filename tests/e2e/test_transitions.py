@@ -286,7 +286,7 @@ def test_a_tiny_model(model: Path, tmp_path: Path, case: Case):
 
 # ---------------------------------------------------------------- four instances, many histories
 
-NUM_HISTORIES, NUM_SHORT_HISTORIES = 6, 3
+NUM_HISTORIES, NUM_SHORT_HISTORIES = 6, 1
 NUM_STREAMS = 12
 PARTITIONS: tuple[Wish, ...] = (
     DROP, DROP, RESTORE, PAIRS, CROSSED, ((0, 1, 2), (3,)), ((0,), (1, 2, 3)), ((0,), (1, 3), (2,)),
