@@ -50,6 +50,17 @@ class LayerRange:
     def __iter__(self) -> Iterator[int]:
         return iter(range(self.start, self.stop))
 
+    def __contains__(self, layer: int) -> bool:
+        return self.start <= layer < self.stop
+
+
+def stage_holds(index: int, layers: LayerRange, part: Part) -> bool:
+    """Does stage `index` of a ring, which computes `layers`, hold `part`? The leader, stage 0, has
+    embedding and head, nobody else does."""
+    if part.kind is PartKind.LAYER:
+        return part.index in layers
+    return index == 0
+
 
 @dataclass(frozen=True)
 class Stage:

@@ -11,7 +11,7 @@ reaches the client exactly once, whatever dies in between.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from kunserve.core.errors import AccountingError
 from kunserve.core.events import (
@@ -43,22 +43,7 @@ from kunserve.core.events import (
 from kunserve.core.ids import InstanceId, RequestId
 from kunserve.core.layout import Layout, whole_instance
 from kunserve.core.request import Request, TokenOutput
-from kunserve.core.transition import (
-    Aborted,
-    Adopted,
-    Compacted,
-    Fenced,
-    Finished,
-    Gathered,
-    MoveProgress,
-    PeerAddress,
-    Peers,
-    Prepared,
-    Refused,
-    Remapped,
-    Snapshotted,
-    TransitionReport,
-)
+from kunserve.core.transition import PeerAddress, Peers, TransitionReport
 from kunserve.policy.book import (
     SECOND_NS,
     Book,
@@ -72,20 +57,6 @@ from kunserve.policy.coordinator import Coordinator
 from kunserve.policy.dispatcher import PrefixIndex, choose_group
 from kunserve.policy.prefix import block_hashes
 from kunserve.policy.transition import State
-
-_REPORTS = (
-    Aborted,
-    Refused,
-    Compacted,
-    Prepared,
-    Snapshotted,
-    Gathered,
-    Fenced,
-    Remapped,
-    Adopted,
-    MoveProgress,
-    Finished,
-)
 
 
 class Controller:
@@ -115,7 +86,7 @@ class Controller:
             LayoutWished: self._on_wish,
             InstanceDrainWished: self._on_drain_wish,
         }
-        self._handlers |= dict.fromkeys(_REPORTS, self._on_transition_report)
+        self._handlers |= dict.fromkeys(get_args(TransitionReport), self._on_transition_report)
 
     # ------------------------------------------------------------ what others may read
 

@@ -123,7 +123,6 @@ class Active:
     progress_ns: int = 0
     finished: dict[InstanceId, Finished] = field(default_factory=dict)
     record: TransitionRecord | None = None
-    gathered_pages: int = 0
     gained_pages: int = 0
     gained_from_file: int = 0
     remap_ns: int = 0

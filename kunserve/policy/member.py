@@ -56,7 +56,7 @@ from kunserve.core.events import (
     StepTiming,
 )
 from kunserve.core.ids import BlockId, InstanceId, RequestId, TransitionId
-from kunserve.core.layout import Group, Part, PartKind, whole_instance
+from kunserve.core.layout import Group, Part, stage_holds, whole_instance
 from kunserve.core.memory import PageRun, pages_of, runs_of
 from kunserve.core.request import TokenOutput
 from kunserve.core.step import StepPlan
@@ -795,14 +795,9 @@ class Member:
     # ------------------------------------------------------------ after COMMIT
 
     def _stage_parts(self, group: Group) -> frozenset[Part]:
-        """Parts of this instance's stage: its layers, and on the leader embedding and head."""
         index = group.instances.index(self._config.instance)
-        layers = group.stages[index].layers
-        return frozenset(
-            part
-            for part in self._memory.plan.part_pages
-            if (part.index in layers if part.kind is PartKind.LAYER else index == 0)
-        )
+        layers, model = group.stages[index].layers, self._memory.plan.part_pages
+        return frozenset(part for part in model if stage_holds(index, layers, part))
 
     def _on_remap(self, message: Remap, now_ns: int) -> None:
         """Pages change owner: those of parts and KV that go become new KV."""
@@ -936,14 +931,12 @@ class Member:
             return
         if mover.refusal:
             raise AccountingError(f"it cannot become whole again: {mover.refusal}")
-        missing = [part for part in memory.plan.part_pages if not memory.holds(part)]
-        if missing:
-            memory.set_escrow(0)
-            memory.release_all_kv()
-            mover.bring(_from_file(missing))
-            return
         memory.set_escrow(0)
         memory.release_all_kv()
+        missing = [part for part in memory.plan.part_pages if not memory.holds(part)]
+        if missing:
+            mover.bring(_from_file(missing))
+            return
         memory.map_kv_many(dict.fromkeys(memory.held_layers, memory.home_runs))
         self._is_resetting = False
         self._say(self._make_ready())

@@ -40,7 +40,7 @@ from typing import NamedTuple
 
 from kunserve.core.errors import LayoutError
 from kunserve.core.ids import InstanceId
-from kunserve.core.layout import Group, LayerRange, Part, PartKind, Stage
+from kunserve.core.layout import Group, LayerRange, Part, PartKind, Stage, stage_holds
 from kunserve.policy.cost_model import ChunkShape, CostModel
 from kunserve.policy.pages import MAX_SLOTS
 
@@ -104,15 +104,14 @@ class ClusterShape:
             raise LayoutError("a cluster's shape has a size that is not positive")
 
     def stage_parts(self, index: int, layers: LayerRange) -> tuple[Part, ...]:
-        """Parts that stage `index` of a group holds, in the order of the model.
-
-        The leader, stage 0, holds embedding and head; nobody else does.
-        """
-        held = tuple(Part(PartKind.LAYER, layer) for layer in layers)
-        if index:
-            return held
-        head = Part(PartKind.HEAD)
-        return (Part(PartKind.EMBEDDING), *held, *((head,) if head in self.part_pages else ()))
+        """Parts that stage `index` of a group holds, in the order of the model: see
+        `stage_holds`."""
+        ends = (Part(PartKind.EMBEDDING), Part(PartKind.HEAD))
+        first, last = (
+            (end,) if end in self.part_pages and stage_holds(index, layers, end) else ()
+            for end in ends
+        )
+        return (*first, *(Part(PartKind.LAYER, layer) for layer in layers), *last)
 
     def group_parts(self, stages: Sequence[Stage]) -> dict[InstanceId, tuple[Part, ...]]:
         """Parts that each member of a group holds."""

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from kunserve.core.ids import InstanceId
-from kunserve.core.layout import Part, PartKind
+from kunserve.core.layout import stage_holds
 from kunserve.core.transition import TransitionRecord
 from kunserve.policy.book import ControllerConfig, GroupRecord, InstanceRecord, InstanceState
 from kunserve.policy.controller import Controller
@@ -115,10 +115,6 @@ class Viewer:
                 held += sum(
                     pages
                     for part, pages in self._part_pages.items()
-                    if _is_held(part, index, stage.layers.start, stage.layers.stop)
+                    if stage_holds(index, stage.layers, part)
                 )
         return whole * instances - held
-
-
-def _is_held(part: Part, stage: int, start: int, stop: int) -> bool:
-    return start <= part.index < stop if part.kind is PartKind.LAYER else stage == 0
