@@ -225,14 +225,7 @@ class MemoryBook:
             AccountingError: the part is held or incoming, or there are not enough free pages.
             Other errors: the mapper's; nothing was changed.
         """
-        self._check_absent(part)
-        owner = PartPages(part)
-        with ExitStack() as undo:
-            runs = self.ledger.take(owner, self._pages_of(part))
-            undo.callback(self.ledger.give, owner)
-            self._poison(runs)
-            self._mapper.map_part(part, runs)
-            undo.pop_all()
+        self._map_free_part(part, PartPages(part))
 
     def release_part(self, part: Part) -> int:
         """Drop `part`: unmap its slab. Returns the number of pages that nobody needs any more.
@@ -260,15 +253,7 @@ class MemoryBook:
             AccountingError: the part is held or incoming, or there are not enough free pages.
             Other errors: the mapper's; nothing was changed.
         """
-        self._check_absent(part)
-        owner = IncomingPages(part, transfer)
-        with ExitStack() as undo:
-            runs = self.ledger.take(owner, self._pages_of(part))
-            undo.callback(self.ledger.give, owner)
-            self._poison(runs)
-            self._mapper.map_part(part, runs)
-            undo.pop_all()
-        return runs
+        return self._map_free_part(part, IncomingPages(part, transfer))
 
     def finish_incoming(self, part: Part) -> None:
         """All bytes of `part` have come and are right: it is held.
@@ -502,6 +487,16 @@ class MemoryBook:
             if isinstance(owner, IncomingPages) and owner.part == part:
                 return owner
         raise AccountingError(f"{part} is not incoming")
+
+    def _map_free_part(self, part: Part, owner: PartPages | IncomingPages) -> tuple[PageRun, ...]:
+        self._check_absent(part)
+        with ExitStack() as undo:
+            runs = self.ledger.take(owner, self._pages_of(part))
+            undo.callback(self.ledger.give, owner)
+            self._poison(runs)
+            self._mapper.map_part(part, runs)
+            undo.pop_all()
+        return runs
 
     def _leave_slab(self, part: Part, target: Owner) -> int:
         if not self.holds(part):

@@ -20,7 +20,6 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, NamedTuple, TypeAlias
 from urllib.parse import urlsplit
 
@@ -30,6 +29,7 @@ import zmq
 from numpy.typing import NDArray
 from zmq.utils import z85
 
+from kunserve.core.closing import Closing
 from kunserve.core.errors import ConfigError, KunserveError
 from kunserve.core.ids import InstanceId
 from kunserve.core.transition import (
@@ -215,7 +215,7 @@ class _Link:
         )
 
 
-class PeerMesh:
+class PeerMesh(Closing):
     """All links of one incarnation of an instance. Used by one thread at a time.
 
     Args:
@@ -352,17 +352,6 @@ class PeerMesh:
         self._socket.close(linger=0)
         self._door.close()
         self._context.term()
-
-    def __enter__(self) -> PeerMesh:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _connect(self, peer: PeerAddress) -> _Link:
         socket = self._context.socket(zmq.DEALER)

@@ -10,12 +10,12 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import zmq
 import zmq.auth.thread
 
+from kunserve.core.closing import Closing
 from kunserve.runtime.codec import CodecError, decode, encode
 
 
@@ -41,7 +41,7 @@ class _KnownKeys:
         return key in self.keys
 
 
-class FrontSocket:
+class FrontSocket(Closing):
     """The front's end: a ROUTER that only admitted instances can talk to."""
 
     def __init__(self) -> None:
@@ -112,17 +112,6 @@ class FrontSocket:
         self._socket.close(linger=0)
         self._authenticator.stop()
         self._context.destroy(linger=0)
-
-    def __enter__(self) -> FrontSocket:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class InstanceSocket:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
-from types import TracebackType
 
+from kunserve.core.closing import Closing
 from kunserve.core.ids import Epoch, SlotId
 from kunserve.core.layout import LayerRange, Part
 from kunserve.core.model import ModelSpec
@@ -37,7 +37,7 @@ Progress = Callable[[str, float], None]
 """Called with what is being done and how much of it is done, 0..1."""
 
 
-class Engine:
+class Engine(Closing):
     """A loaded whole instance. Close it to give all memory and threads back."""
 
     def __init__(self, settings: EngineSettings, progress: Progress) -> None:
@@ -147,14 +147,3 @@ class Engine:
     def close(self) -> None:
         """Unmap all memory and end the threads."""
         self._stack.close()
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

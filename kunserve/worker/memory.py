@@ -11,11 +11,11 @@ Source: paper mechanism 3, design section 3.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kunserve.core.closing import Closing
 from kunserve.core.errors import AccountingError
 from kunserve.core.ids import BlockId, SlotId
 from kunserve.core.layout import Part
@@ -116,7 +116,7 @@ class ArenaMapper:
         return tuple(KvExtent(layer, run.offset, run.start, run.count) for run in mapped)
 
 
-class InstanceMemory(MemoryBook):
+class InstanceMemory(MemoryBook, Closing):
     """Parts and KV of one instance on the pages of one arena, which it closes with itself.
 
     Args:
@@ -207,14 +207,3 @@ class InstanceMemory(MemoryBook):
     def close(self) -> None:
         """Close the arena: all addresses become invalid. May be called twice."""
         self.arena.close()
-
-    def __enter__(self) -> InstanceMemory:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -14,12 +14,12 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kunserve.core.closing import Closing
 from kunserve.core.errors import AccountingError, ModelLoadError
 from kunserve.core.layout import Part
 from kunserve.core.model import FLOAT32_BYTES, ModelSpec
@@ -62,7 +62,7 @@ class TensorEntry:
     offset_bytes: int
 
 
-class CheckpointReader:
+class CheckpointReader(Closing):
     """The safetensors of a Hugging Face directory, in one file or in shards with an index.
 
     Use it as a context manager, or call `close`.
@@ -79,17 +79,6 @@ class CheckpointReader:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> CheckpointReader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the files. Closing twice is allowed."""

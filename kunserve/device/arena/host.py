@@ -25,12 +25,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import TracebackType
 from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kunserve.core.closing import Closing
 from kunserve.device.arena.base import (
     ArenaError,
     ArenaOutOfMemoryError,
@@ -286,7 +286,7 @@ def _count(runs: Sequence[MappedRun], left: int, right: int) -> int:
 # ---------------------------------------------------------------- arena
 
 
-class HostArena:
+class HostArena(Closing):
     """The `Arena` of host memory (Linux). See `kunserve.device.arena.base` for the methods.
 
     Args:
@@ -455,17 +455,6 @@ class HostArena:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-    def __enter__(self) -> HostArena:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     # -- driver
 
