@@ -9,6 +9,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 from kunserve.core.errors import ConfigError
+from kunserve.core.policy import Batching, BatchOrder, PolicyName, Trigger
 
 _SIZE_UNITS = {
     "": 1,
@@ -137,6 +138,51 @@ class ServeConfig:
         1024, "most requests that wait for their first step; more are answered 503", type=int
     )
     enable_prefix_caching: bool = _switch(True, "reuse KV blocks of equal prompt prefixes")
+    policy: str = _flag(
+        "kunserve",
+        "what answers a memory overload: kunserve drops replicated parameters, observe only says "
+        "when it would; for comparisons recompute (vLLM), swap (InferCept), migrate (Llumnix), "
+        "static-pp (vLLM with PP 2)",
+        choices=tuple(name.value for name in PolicyName),
+    )
+    drop: bool = _switch(
+        True, "let the policy drop parameters; --no-drop is the switch that stops it at once"
+    )
+    restore: bool = _switch(
+        True, "let the policy restore dropped parameters; --no-restore for comparisons"
+    )
+    trigger: str = _flag(
+        "gain",
+        "when kunserve drops: gain, when waiting falls by enough, or memory-only, whenever demand "
+        "exceeds capacity (for comparisons)",
+        choices=tuple(trigger.value for trigger in Trigger),
+    )
+    slo_ttft_ms: float | None = _flag(
+        None,
+        "time to first token that clients are promised; the trigger then counts requests that "
+        "attain it",
+        type=float,
+    )
+    slo_tpot_ms: float | None = _flag(
+        None, "time per output token that clients are promised, likewise", type=float
+    )
+    batching: str = _flag(
+        "lookahead",
+        "how a pipeline's steps are formed when requests queue: lookahead, with equal cost, or "
+        "token-count (for comparisons)",
+        choices=tuple(batching.value for batching in Batching),
+    )
+    batch_order: str = _flag(
+        "decode-first",
+        "who gets a step's budget first: decode-first or prefill-first",
+        choices=tuple(order.value for order in BatchOrder),
+    )
+    swap_space: int = _flag(
+        4 << 30,
+        "host memory of an instance for swapped requests, with --policy swap (default 4GiB)",
+        type=parse_size,
+        metavar="SIZE",
+    )
     exchange: str = _flag(
         "coordinated",
         "KV that moves between instances after a change of layout: coordinated lets activations go "
@@ -188,10 +234,17 @@ class ServeConfig:
         for name in ("max_model_len", "max_num_batched_tokens"):
             if getattr(self, name) is not None:
                 self._check_range(name, 1, MAX_COUNT)
-        for name in ("kv_cache_memory_bytes", "memory_bytes", "max_request_body_bytes"):
+        for name in (
+            "kv_cache_memory_bytes",
+            "memory_bytes",
+            "max_request_body_bytes",
+            "swap_space",
+        ):
             if getattr(self, name) is not None:
                 self._check_range(name, 1, MAX_BYTES)
-        for name in ("step_time_target_ms", "start_timeout"):
+        for name in ("step_time_target_ms", "start_timeout", "slo_ttft_ms", "slo_tpot_ms"):
+            if getattr(self, name) is None:
+                continue
             if not 0 < getattr(self, name) <= MAX_DURATION:
                 raise ConfigError(f"{_flag_name(name)} must be positive, at most {MAX_DURATION:g}")
         if not MIN_HEARTBEAT_TIMEOUT_S <= self.heartbeat_timeout <= MAX_DURATION:

@@ -15,6 +15,7 @@ from kunserve.core.events import StepTiming
 from kunserve.core.ids import Epoch, GroupId, InstanceId, RequestId
 from kunserve.core.layout import Group, Layout, Part
 from kunserve.core.memory import PageRun
+from kunserve.core.policy import PolicyName, Trigger
 from kunserve.core.request import Request
 from kunserve.core.step import GroupLoad
 from kunserve.core.transition import PeerAddress
@@ -37,6 +38,9 @@ class ControllerConfig:
     `answer_timeout_ns` turns back or, after COMMIT, ends who does not answer; bringing parts in and
     moving blocks may take `long_timeout_ns`. An exchange that does not get on for
     `move_timeout_ns` ends whom it waits for.
+
+    `policy` answers overload; `may_drop` and `may_restore` are its switches. With an SLO the gain
+    of a drop is attainment.
     """
 
     num_instances: int
@@ -56,6 +60,12 @@ class ControllerConfig:
     answer_timeout_ns: int = 5 * SECOND_NS
     long_timeout_ns: int = 120 * SECOND_NS
     move_timeout_ns: int = 2 * SECOND_NS
+    policy: PolicyName = PolicyName.RECOMPUTE
+    trigger: Trigger = Trigger.GAIN
+    may_drop: bool = True
+    may_restore: bool = True
+    slo_ttft_ns: int | None = None
+    slo_tpot_ns: int | None = None
 
 
 class InstanceState(Enum):

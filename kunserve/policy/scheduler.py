@@ -51,6 +51,7 @@ from kunserve.core.errors import (
 )
 from kunserve.core.ids import BlockId, Epoch, RequestId
 from kunserve.core.memory import PageRun, pages_of, runs_of
+from kunserve.core.policy import Batching, BatchOrder
 from kunserve.core.request import FinishReason, Request, TokenOutput
 from kunserve.core.step import BlockMove, Chunk, GroupLoad, SampledToken, StepPlan, StepResult
 from kunserve.core.transition import AdoptedRequest, FrozenRequest, Home
@@ -91,6 +92,12 @@ class SchedulerConfig:
     never fit. 0: those of the pool."""
     max_moves_per_step: int = 64
     """Most blocks that a step copies while the group is compacted."""
+    batching: Batching = Batching.TOKEN_COUNT
+    """How steps are formed when requests queue and the group has several stages."""
+    batch_order: BatchOrder = BatchOrder.DECODE_FIRST
+    """Who gets a step's budget first."""
+    host_blocks: int = 0
+    """Blocks of host memory that preempted requests are swapped to. 0: they are recomputed."""
 
     def __post_init__(self) -> None:
         for name in (

@@ -25,6 +25,7 @@ from kunserve.config import ServeConfig
 from kunserve.core.errors import ConfigError
 from kunserve.core.ids import InstanceId
 from kunserve.core.model import ModelSpec
+from kunserve.core.policy import Batching, BatchOrder, PolicyName, Trigger
 from kunserve.policy.book import SECOND_NS, ControllerConfig
 from kunserve.policy.pages import MemoryPlan, SlotMap
 from kunserve.policy.scheduler import SchedulerConfig
@@ -128,6 +129,9 @@ def cluster_settings(plan: ServePlan) -> ClusterSettings:
             max_num_batched_tokens=config.max_num_batched_tokens,
             step_time_target_ns=int(config.step_time_target_ms * 1e6),
             enable_prefix_caching=config.enable_prefix_caching,
+            batching=Batching(config.batching),
+            batch_order=BatchOrder(config.batch_order),
+            host_blocks=_host_blocks(plan),
         ),
         controller=ControllerConfig(
             num_instances=config.instances,
@@ -141,6 +145,12 @@ def cluster_settings(plan: ServePlan) -> ClusterSettings:
             blocks_per_page=plan.memory.geometry.blocks_per_page,
             page_bytes=plan.memory.geometry.page_bytes,
             long_timeout_ns=int(config.start_timeout * SECOND_NS),
+            policy=PolicyName(config.policy),
+            trigger=Trigger(config.trigger),
+            may_drop=config.drop,
+            may_restore=config.restore,
+            slo_ttft_ns=_to_ns(config.slo_ttft_ms),
+            slo_tpot_ns=_to_ns(config.slo_tpot_ms),
         ),
         start_timeout_s=config.start_timeout,
         log_level=config.log_level,
@@ -148,6 +158,24 @@ def cluster_settings(plan: ServePlan) -> ClusterSettings:
         exchange=config.exchange,
         link_gbps=config.link_gbps,
     )
+
+
+def _host_blocks(plan: ServePlan) -> int:
+    """Blocks of all layers that fit the swap space; 0 for a policy that does not swap."""
+    if PolicyName(plan.config.policy) is not PolicyName.SWAP:
+        return 0
+    block_bytes = plan.memory.geometry.block_bytes * plan.spec.num_layers
+    blocks = plan.config.swap_space // block_bytes
+    if not blocks:
+        raise ConfigError(
+            f"--swap-space must hold at least one KV block of {block_bytes} bytes, "
+            f"got {plan.config.swap_space}"
+        )
+    return blocks
+
+
+def _to_ns(milliseconds: float | None) -> int | None:
+    return None if milliseconds is None else int(milliseconds * 1e6)
 
 
 def bind(host: str, port: int) -> socket.socket:
