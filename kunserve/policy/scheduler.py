@@ -56,7 +56,7 @@ from kunserve.core.request import FinishReason, Request, TokenOutput
 from kunserve.core.step import BlockMove, Chunk, GroupLoad, SampledToken, StepPlan, StepResult
 from kunserve.core.transition import AdoptedRequest, FrozenRequest, Home
 from kunserve.policy.blocks import BlockPool
-from kunserve.policy.cost_model import CostModel
+from kunserve.policy.cost_model import ChunkShape, CostModel, StepCost
 from kunserve.policy.homes import Compaction, CompactionRefusedError, assign_homes
 from kunserve.policy.prefix import block_hashes
 
@@ -235,12 +235,12 @@ class _Draft:
         self.is_closed = False
         self.has_preempted = False
         self._cost_model = cost_model
+        self._cost = StepCost(cost_model)
         self._least_tokens = config.block_size
         self._left_tokens = config.max_num_batched_tokens
         # A step takes fixed_ns however small its chunks: below twice that, a shorter step would
         # mostly read weights again and prefill would starve.
-        target_ns = max(config.step_time_target_ns, 2.0 * cost_model.fixed_ns)
-        self._left_ns = target_ns - cost_model.fixed_ns
+        self._target_ns = max(config.step_time_target_ns, 2.0 * cost_model.fixed_ns)
 
     @property
     def is_empty(self) -> bool:
@@ -253,7 +253,7 @@ class _Draft:
             self._left_tokens -= tokens
         else:
             samples = tokens == state.missing_tokens
-            self._left_ns -= self._cost_model.chunk_ns(state.computed_tokens, tokens, samples)
+            self._cost.add(ChunkShape(state.computed_tokens, tokens, samples))
 
     def add_prefill(self, state: _RequestState, tokens: int) -> None:
         """`add` for what `grant` gave."""
@@ -265,7 +265,11 @@ class _Draft:
         if self._left_tokens is not None:
             granted = max(0, min(wanted_tokens, self._left_tokens))
         else:
-            granted = self._cost_model.largest_chunk(self._left_ns, prefix_tokens, wanted_tokens)
+            # Some row may yet sample: room is left for the head's weights.
+            head_ns = 0.0 if self._cost.sampled_rows else self._cost_model.head_gamma_ns
+            granted = self._cost.largest_chunk(
+                self._target_ns - head_ns, prefix_tokens, wanted_tokens
+            )
             granted = max(granted, min(self._least_tokens, wanted_tokens))
         self.is_closed = granted < wanted_tokens
         return granted
