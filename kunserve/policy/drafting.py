@@ -3,7 +3,7 @@
 A budget is a number of tokens or, by the cost model, a time. Without prefill a step lasts as long
 as its decodes take; with prefill it may last
 
-    max(target, 2 x (fixed costs + decodes of the step))
+    max(target, 2 x (fixed costs and decodes of the step))
 
 so prompts get at least as much time as everything else in the step: a step takes its fixed costs
 however small its chunks, and a burst whose decodes alone use up the target would starve the prompts
@@ -13,7 +13,7 @@ tokens of a request is that of the target, or at most twice what its decodes nee
 
 from __future__ import annotations
 
-from kunserve.policy.cost_model import CostModel
+from kunserve.policy.cost_model import ChunkShape, CostModel, StepCost
 
 
 class StepBudget:
@@ -39,27 +39,35 @@ class StepBudget:
     ) -> None:
         self.is_closed = False
         self._cost_model = cost_model
-        self._target_ns = target_ns
+        self._cost = StepCost(cost_model)
+        self._target_ns = max(target_ns, 2.0 * cost_model.fixed_ns)
+        self._limit_ns = self._target_ns
         self._left_tokens = max_tokens
         self._least_tokens = least_tokens
-        self._base_ns = cost_model.fixed_ns  # and the decodes
-        self._prefill_ns = 0.0
-
-    @property
-    def _left_ns(self) -> float:
-        return max(self._target_ns - self._base_ns, self._base_ns) - self._prefill_ns
+        self._has_prefill = False
 
     def add_decode(self, context_tokens: int) -> None:
         """The step computes one token after these."""
         if self._left_tokens is not None:
             self._left_tokens -= 1
-        self._base_ns += self._cost_model.chunk_ns(context_tokens, 1, samples=True)
+        self._cost.add(ChunkShape(context_tokens, 1, samples=True))
+        if not self._has_prefill:
+            self._limit_ns = max(self._target_ns, 2.0 * self._cost.total_ns)
+
+    def has_room_for_decode(self, context_tokens: int) -> bool:
+        """Does one more decode keep the step within its target? For decodes that take what
+        prefills have left."""
+        if self._left_tokens is not None:
+            return self._left_tokens > 0
+        decode = ChunkShape(context_tokens, 1, samples=True)
+        return self._cost.with_chunk_ns(decode) <= self._target_ns
 
     def add_prefill(self, prefix_tokens: int, tokens: int, samples: bool) -> None:
         """The step computes a chunk that `grant` gave."""
         if self._left_tokens is not None:
             self._left_tokens -= tokens
-        self._prefill_ns += self._cost_model.chunk_ns(prefix_tokens, tokens, samples)
+        self._cost.add(ChunkShape(prefix_tokens, tokens, samples))
+        self._has_prefill = True
         self._least_tokens = 0
 
     def grant(self, prefix_tokens: int, wanted_tokens: int) -> int:
@@ -67,16 +75,10 @@ class StepBudget:
         if self._left_tokens is not None:
             granted = max(0, min(wanted_tokens, self._left_tokens))
         else:
-            granted = self._cost_model.largest_chunk(self._left_ns, prefix_tokens, wanted_tokens)
+            # Some row may yet sample: room is left for the head's weights.
+            head_ns = 0.0 if self._cost.sampled_rows else self._cost_model.head_gamma_ns
+            left_ns = self._limit_ns - head_ns
+            granted = self._cost.largest_chunk(left_ns, prefix_tokens, wanted_tokens)
             granted = max(granted, min(self._least_tokens, wanted_tokens))
         self.is_closed = granted < wanted_tokens
         return granted
-
-    def has_room_for_decode(self, context_tokens: int) -> bool:
-        """May a decode take what prefills have left, without making the step longer than they
-        were allowed to?"""
-        if self._left_tokens is not None:
-            return self._left_tokens > 0
-        most_ns = max(self._target_ns, 2.0 * self._cost_model.fixed_ns)
-        cost_ns = self._cost_model.chunk_ns(context_tokens, 1, samples=True)
-        return self._base_ns + self._prefill_ns + cost_ns <= most_ns

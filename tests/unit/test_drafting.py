@@ -5,12 +5,17 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kunserve.policy.cost_model import CostModel
+from kunserve.policy.cost_model import ChunkShape, CostModel
 from kunserve.policy.drafting import StepBudget
 
 MS = 1e6
 COST = CostModel(
-    alpha_ns=0.01 * MS, delta_ns=0.05 * MS, beta_ns=MS, gamma_ns=4 * MS, head_gamma_ns=MS
+    alpha_ns=0.01 * MS,
+    delta_ns=0.05 * MS,
+    beta_ns=MS,
+    gamma_ns=4 * MS,
+    head_gamma_ns=MS,
+    sharpness=2.0,
 )
 
 
@@ -29,12 +34,17 @@ def granted_after(decodes: list[int], target_ns: float, prefix: int = 0, wanted:
 def test_a_step_lasts_the_target_or_twice_what_it_needs_without_prefill(
     decodes: list[int], target_ms: int, prefix: int
 ) -> None:
-    base_ns = COST.fixed_ns + sum(COST.chunk_ns(context, 1, True) for context in decodes)
+    chunks = [ChunkShape(context, 1, True) for context in decodes]
+    base_ns = max(COST.fixed_ns, COST.step_ns(chunks))
     most_ns = max(target_ms * MS, 2 * base_ns)
+    head_ns = 0.0 if decodes else COST.head_gamma_ns  # room for a row that samples
     tokens = granted_after(decodes, target_ms * MS, prefix)
-    assert tokens >= 1
-    assert tokens == 1 or base_ns + COST.chunk_ns(prefix, tokens) <= most_ns
-    assert base_ns + COST.chunk_ns(prefix, tokens + 1) > most_ns
+
+    def lasts_ns(tokens: int) -> float:
+        return COST.step_ns([*chunks, ChunkShape(prefix, tokens)]) + head_ns
+
+    assert tokens == 1 or lasts_ns(tokens) <= most_ns
+    assert lasts_ns(tokens + 1) > most_ns
 
 
 def test_more_decodes_leave_prompts_more_time_not_less_once_the_target_is_used_up() -> None:
