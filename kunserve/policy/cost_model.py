@@ -140,11 +140,11 @@ class CostModel:
         pairs = prefix_tokens * chunk_tokens + (chunk_tokens * chunk_tokens + chunk_tokens) // 2
         return self.alpha_ns * pairs + self.delta_ns * (prefix_tokens + chunk_tokens)
 
-    def linear_ns(self, tokens: int) -> float:
+    def linear_ns(self, tokens: float) -> float:
         """Cost of the linear layers of a step that computes `tokens` tokens in all."""
         return _overlap_ns(self.gamma_ns, self.beta_ns * tokens, self.sharpness)
 
-    def head_step_ns(self, rows: int) -> float:
+    def head_step_ns(self, rows: float) -> float:
         """Cost of the head of a step in which `rows` rows sample; 0 if there is none."""
         if rows == 0:
             return 0.0
