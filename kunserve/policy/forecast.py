@@ -28,11 +28,13 @@ QUANTUM_NS = 100_000_000
 
 class Expected(NamedTuple):
     """A request as a forecast sees it. `arrival_ns` from now; those that are here have at most 0.
-    `remaining_tokens`: outputs still to come, by the lengths seen so far."""
+    `remaining_tokens`: outputs still to come, by the lengths seen so far. `has_begun`: its client
+    has had the first token before."""
 
     known_tokens: float
     remaining_tokens: float
     arrival_ns: float = 0.0
+    has_begun: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,12 +111,14 @@ class Plant:
 @dataclass(frozen=True)
 class Forecast:
     """What a group's next `horizon` looks like. `peak_tokens`: most that its requests would hold
-    together, queued ones included. `decode_ns`: mean time between two tokens of a request."""
+    together, queued ones included. `decode_ns`: mean time between two tokens of a request.
+    `present_ns`: of the waits, those of requests that are here already, from now on."""
 
     waits: Waits
     peak_tokens: float
     decode_ns: float
     finished: int
+    present_ns: float
 
 
 def project(
@@ -193,7 +197,7 @@ class _Fluid:
         self._queue: deque[Expected] = deque()
         self._queued_tokens = 0.0
         self._prompts: deque[_Prompt] = deque()
-        self._memory_ns = self._compute_ns = self._decode_ns = 0.0
+        self._memory_ns = self._compute_ns = self._decode_ns = self._present_ns = 0.0
         self._requests = self._attained = self._finished = self._beats = 0
         self._peak = self._held
 
@@ -212,13 +216,12 @@ class _Fluid:
         self._preempt()
 
     def forecast(self, now_ns: float) -> Forecast:
-        """What came of it; requests that still wait count up to now."""
-        attained = self._attained
-        if self._slos.ttft_ns is None:
-            attained += len(self._queue) + len(self._prompts)
-        waits = Waits(self._memory_ns, self._compute_ns, self._requests, attained)
+        """What came of it; requests that still wait count up to now, and have attained nothing."""
+        waits = Waits(self._memory_ns, self._compute_ns, self._requests, self._attained)
         decode_ns = self._decode_ns / self._beats if self._beats else 0.0
-        return Forecast(waits, self._peak, decode_ns, self._finished)
+        left = (*self._queue, *(prompt.request for prompt in self._prompts))
+        present_ns = self._present_ns + now_ns * sum(map(_is_present, left))
+        return Forecast(waits, self._peak, decode_ns, self._finished, present_ns)
 
     def _enqueue(self, request: Expected) -> None:
         self._queue.append(request)
@@ -273,7 +276,9 @@ class _Fluid:
             if prompt.left_tokens > 0.0:
                 return
             self._prompts.popleft()
-            self._note_first_token(now_ns - prompt.request.arrival_ns, round_ns)
+            if not prompt.request.has_begun:
+                self._note_first_token(now_ns - prompt.request.arrival_ns, round_ns)
+            self._present_ns += now_ns if _is_present(prompt.request) else 0.0
             self._decode(prompt.request)
 
     def _note_first_token(self, ttft_ns: float, round_ns: float) -> None:
@@ -299,7 +304,7 @@ class _Fluid:
                 continue
             self._gone.add(entry.order)
             known = self._drop(entry, self._clock)
-            self._queue.appendleft(Expected(known, entry.end - self._clock))
+            self._queue.appendleft(Expected(known, entry.end - self._clock, has_begun=True))
             self._queued_tokens += known + self._plant.overhead_tokens
 
     def _drop(self, entry: _Decoding, clock: float) -> float:
@@ -308,3 +313,8 @@ class _Fluid:
         self._context -= tokens
         self._held -= tokens + self._plant.overhead_tokens
         return tokens
+
+
+def _is_present(request: Expected) -> bool:
+    """It waits now for its first token."""
+    return request.arrival_ns <= 0.0 and not request.has_begun

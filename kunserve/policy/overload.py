@@ -13,6 +13,7 @@ from bisect import bisect_right, insort
 from collections import deque
 from dataclasses import dataclass
 
+from kunserve.core.decision import Shortage
 from kunserve.policy.book import GroupRecord
 
 IMMINENT_NS = 2_000_000_000
@@ -20,6 +21,8 @@ IMMINENT_NS = 2_000_000_000
 
 SLOPE_WINDOW_NS = 1_000_000_000
 SLOPE_STEP_NS = 100_000_000
+SHORTAGE_LASTS_NS = 1_000_000_000
+SHORTAGE_ENDS_NS = 10_000_000_000
 RATE_WINDOW_NS = 3_000_000_000
 MEAN_OF_ARRIVALS = 64
 KEPT_LENGTHS = 512
@@ -79,6 +82,38 @@ class DemandMonitor:
         if not samples or now_ns - samples[-1][0] >= SLOPE_STEP_NS:
             samples.append((now_ns, demand))
         return Pressure(demand, capacity, slope)
+
+
+class ShortageSignal:
+    """The autoscale signal: raised when demand has been lacking room for a while, and taken back
+    when it has not for a longer one, so that it does not flap."""
+
+    def __init__(self) -> None:
+        self._shown = Shortage(0, 0)
+        self._since_ns: int | None = None
+        self._quiet_ns: int | None = None
+
+    def observe(self, shortage: Shortage, now_ns: int) -> Shortage | None:
+        """Take in what is lacking now; returns the signal if it changes."""
+        if not shortage.lacking_blocks:
+            self._since_ns = None
+            if self._quiet_ns is None:
+                self._quiet_ns = now_ns
+            is_over = now_ns - self._quiet_ns >= SHORTAGE_ENDS_NS
+            return self._show(shortage) if is_over else None
+        self._quiet_ns = None
+        if self._since_ns is None:
+            self._since_ns = now_ns
+        if now_ns - self._since_ns < SHORTAGE_LASTS_NS:
+            return None
+        more = shortage.instances_wanted > self._shown.instances_wanted
+        return self._show(shortage) if more else None
+
+    def _show(self, shortage: Shortage) -> Shortage | None:
+        if shortage.instances_wanted == self._shown.instances_wanted:
+            return None
+        self._shown = shortage
+        return shortage
 
 
 class Arrivals:

@@ -26,6 +26,7 @@ from kunserve.runtime.stats_log import InstanceCounters
 from kunserve.runtime.status import GroupStatus
 from kunserve.server.engine import EngineClient, EngineStatus, InstanceStatus
 from kunserve.server.errors import to_http_error
+from kunserve.server.overload_metrics import overload_families
 
 PREFIX = "kunserve:"
 _LABELS = ("model_name",)
@@ -94,6 +95,7 @@ class EngineCollector(Collector):
         yield from self._capacity(status)
         yield from self._group_gauges(status)
         yield from self._transition_counters(status)
+        yield from overload_families(PREFIX, self._model_name, status)
 
     def _load_gauges(self, instances: tuple[InstanceStatus, ...]) -> Iterable[Metric]:
         gauges: dict[str, tuple[str, Callable[[GroupLoad], float]]] = {

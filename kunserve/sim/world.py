@@ -33,6 +33,7 @@ from kunserve.core.events import (
     KillInstance,
     LeaseRequest,
     LogTransition,
+    NoteDecision,
     RefusalKind,
     RefuseRequest,
     RequestAborted,
@@ -182,6 +183,7 @@ class World:
             DrainComplete: self._drained,
             AnswerWish: lambda command: None,
             LogTransition: self._log,
+            NoteDecision: lambda command: None,
         }
         self._perform_by_type |= dict.fromkeys(get_args(TransitionOrder), self._send_down)
         self._perform_by_type[Prepare] = self._prepare
