@@ -37,6 +37,7 @@ from kunserve.policy.overload import (
     DemandMonitor,
     OutputLengths,
     Pressure,
+    ShortageSignal,
     capacity_blocks,
     demand_blocks,
 )
