@@ -16,9 +16,10 @@ One step is an exchange of values:
     outputs = scheduler.update(plan, result, now_ns)
 
 `schedule` takes, in this order: running requests that lack one token (decodes), running requests
-that lack more (prefills), then waiting requests, each by arrival. Computed counts move only in
-`update`, so a cancelled step leaves nothing to undo in them. A request that needs a block when none
-is available preempts the latest arrival, which computes again later (as vLLM).
+that lack more (prefills), then waiting requests, each by arrival, to the budget of a step
+(`kunserve.policy.drafting`). With `BatchOrder.PREFILL_FIRST` decodes come last. Computed counts
+move only in `update`, so a cancelled step leaves nothing to undo in them. A request that needs a
+block when none is available preempts the latest arrival, which computes again later (as vLLM).
 
 When the group's layout changes (design sections 3 and 4), its requests go from one scheduler to
 the next as values:
@@ -57,8 +58,13 @@ from kunserve.core.step import BlockMove, Chunk, GroupLoad, SampledToken, StepPl
 from kunserve.core.transition import AdoptedRequest, FrozenRequest, Home
 from kunserve.policy.blocks import BlockPool
 from kunserve.policy.cost_model import CostModel
+from kunserve.policy.drafting import StepBudget
 from kunserve.policy.homes import Compaction, CompactionRefusedError, assign_homes
 from kunserve.policy.prefix import block_hashes
+
+MOST_STEPS_WITHOUT_DECODES = 16
+"""With PREFILL_FIRST: after so many steps in a row that left a decode out, one goes decodes first.
+Prefills also end by themselves when memory is full; requests of one token could go on for ever."""
 
 
 @dataclass(frozen=True)
@@ -222,53 +228,28 @@ class _Flight:
 
 
 class _Draft:
-    """A plan being formed: tokens per request, and what is left of the step's budget.
+    """A plan being formed: tokens per request, copies of blocks, and what is left of the budget."""
 
-    The budget is either a number of tokens or, by the cost model, a time. In a time budget that is
-    used up by decodes, the first prefill still gets one block, so that it gets on. Once the budget
-    cuts a chunk the draft is closed, so that no later arrival overtakes.
-    """
-
-    def __init__(self, config: SchedulerConfig, cost_model: CostModel) -> None:
+    def __init__(self, budget: StepBudget) -> None:
+        self.budget = budget
         self.work: dict[_RequestState, int] = {}
         self.relocations: list[_Relocation] = []
-        self.is_closed = False
         self.has_preempted = False
-        self._cost_model = cost_model
-        self._least_tokens = config.block_size
-        self._left_tokens = config.max_num_batched_tokens
-        # A step takes fixed_ns however small its chunks: below twice that, a shorter step would
-        # mostly read weights again and prefill would starve.
-        target_ns = max(config.step_time_target_ns, 2.0 * cost_model.fixed_ns)
-        self._left_ns = target_ns - cost_model.fixed_ns
 
     @property
     def is_empty(self) -> bool:
         return not self.work and not self.relocations
 
-    def add(self, state: _RequestState, tokens: int) -> None:
-        """Compute the next `tokens` tokens of `state` in this step."""
-        self.work[state] = tokens
-        if self._left_tokens is not None:
-            self._left_tokens -= tokens
-        else:
-            samples = tokens == state.missing_tokens
-            self._left_ns -= self._cost_model.chunk_ns(state.computed_tokens, tokens, samples)
+    def add_decode(self, state: _RequestState) -> None:
+        """Compute the one token that `state` lacks."""
+        self.work[state] = 1
+        self.budget.add_decode(state.computed_tokens)
 
     def add_prefill(self, state: _RequestState, tokens: int) -> None:
-        """`add` for what `grant` gave."""
-        self.add(state, tokens)
-        self._least_tokens = 0
-
-    def grant(self, prefix_tokens: int, wanted_tokens: int) -> int:
-        """How many of `wanted_tokens` the budget still allows after a prefix: 0 is none."""
-        if self._left_tokens is not None:
-            granted = max(0, min(wanted_tokens, self._left_tokens))
-        else:
-            granted = self._cost_model.largest_chunk(self._left_ns, prefix_tokens, wanted_tokens)
-            granted = max(granted, min(self._least_tokens, wanted_tokens))
-        self.is_closed = granted < wanted_tokens
-        return granted
+        """Compute the next `tokens` tokens of `state`, which the budget has granted."""
+        self.work[state] = tokens
+        samples = tokens == state.missing_tokens
+        self.budget.add_prefill(state.computed_tokens, tokens, samples)
 
 
 class Scheduler:
@@ -302,6 +283,7 @@ class Scheduler:
         self._compaction: Compaction | None = None
         self._to_release: dict[RequestId, None] = {}  # what the executor has not been told yet
         self._newly_started: list[RequestId] = []
+        self._steps_without_decodes = 0  # in a row, that left one out for prefills
         self._queued_blocks = 0
         self._leases_seen = 0
         self._prompt_tokens = 0
@@ -430,19 +412,63 @@ class Scheduler:
         """
         if self._is_frozen or len(self._flights) >= self._config.num_stages:
             return None
-        draft = _Draft(self._config, self._cost_model)
-        self._plan_decodes(draft)
-        self._plan_prefills(draft)
-        self._plan_moves(draft)
+        draft = self._new_draft()
+        if self._prefills_go_first():
+            self._draft_prefills_first(draft)
+        else:
+            self._draft_decodes_first(draft)
         if draft.has_preempted and draft.is_empty and not self._flights:
             # Whoever needed room was preempted itself. No result will come and ask for a plan.
-            draft = _Draft(self._config, self._cost_model)
-        if not draft.has_preempted:
+            draft = self._new_draft()
             self._admit(draft)
+        self._count_waiting_decodes(draft)
         return None if draft.is_empty else self._issue(draft)
 
-    def _plan_decodes(self, draft: _Draft) -> None:
-        """One token for every decode, at most one microbatch's share of them.
+    def _new_draft(self) -> _Draft:
+        config = self._config
+        return _Draft(
+            StepBudget(
+                self._cost_model,
+                config.step_time_target_ns,
+                config.max_num_batched_tokens,
+                least_tokens=config.block_size,
+            )
+        )
+
+    def _draft_decodes_first(self, draft: _Draft) -> None:
+        for state in self._decode_share():
+            self._plan_decode(state, draft)
+        self._plan_prefills(draft)
+        self._plan_moves(draft)
+        if not draft.has_preempted:
+            self._admit(draft)
+
+    def _prefills_go_first(self) -> bool:
+        is_due = self._steps_without_decodes >= MOST_STEPS_WITHOUT_DECODES
+        return self._config.batch_order is BatchOrder.PREFILL_FIRST and not is_due
+
+    def _draft_prefills_first(self, draft: _Draft) -> None:
+        """Decodes get what prefills and admissions leave of the budget, the earliest first, and all
+        of a step without prefills."""
+        self._plan_prefills(draft)
+        if not draft.has_preempted:
+            self._admit(draft)
+        has_prefills = bool(draft.work)
+        for state in self._decode_share():
+            if has_prefills and not draft.budget.has_room_for_decode(state.computed_tokens):
+                break
+            self._plan_decode(state, draft)
+        self._plan_moves(draft)
+
+    def _count_waiting_decodes(self, draft: _Draft) -> None:
+        is_left_out = any(
+            state.missing_tokens == 1 and state.is_idle and state not in draft.work
+            for state in self._running
+        )
+        self._steps_without_decodes = self._steps_without_decodes + 1 if is_left_out else 0
+
+    def _decode_share(self) -> list[_RequestState]:
+        """Decodes of one microbatch, by arrival, at most its share of all.
 
         Adopted requests may be more than the budget allows to be admitted: then as many as it has
         tokens.
@@ -451,20 +477,22 @@ class Scheduler:
         share = math.ceil(len(decodes) / self._config.num_stages)
         if self._config.max_num_batched_tokens is not None:
             share = min(share, self._config.max_num_batched_tokens)
-        idle = [state for state in decodes if state.is_idle]
-        for state in idle[:share]:
-            if state.is_running and self._grow(state, 1, draft):
-                draft.add(state, 1)
+        return [state for state in decodes if state.is_idle][:share]
+
+    def _plan_decode(self, state: _RequestState, draft: _Draft) -> None:
+        """Its one token, unless it was preempted for an earlier one or must wait for a block."""
+        if state.is_running and self._grow(state, 1, draft):
+            draft.add_decode(state)
 
     def _plan_prefills(self, draft: _Draft) -> None:
         """What the budget allows to requests that lack more than a token, by arrival."""
         prefills = [s for s in self._running if s.missing_tokens > 1 and s.is_idle]
         for state in prefills:
-            if draft.is_closed:
+            if draft.budget.is_closed:
                 return
             if not state.is_running:  # preempted for an earlier one
                 continue
-            granted = draft.grant(state.computed_tokens, state.missing_tokens)
+            granted = draft.budget.grant(state.computed_tokens, state.missing_tokens)
             tokens = self._grow(state, granted, draft)
             if tokens:
                 draft.add_prefill(state, tokens)
@@ -523,22 +551,30 @@ class Scheduler:
     def _admit(self, draft: _Draft) -> None:
         """Waiting requests by arrival, as long as limits, budget and memory allow the first.
 
-        All others in the draft have their tokens by then, so one is admitted only when the budget
-        has a token more than there are decodes: these can never outgrow it.
+        Decodes can never outgrow a budget of tokens. All others in the draft have theirs by then,
+        so one is admitted only when there is a token more than there are decodes; where prefills go
+        first, `_most_running` sees to it.
         """
-        while self._waiting and len(self._running) < self._config.max_num_seqs:
-            if draft.is_closed:
+        while self._waiting and len(self._running) < self._most_running:
+            if draft.budget.is_closed:
                 return
             state = self._waiting[0]
             home = self._roomiest_home()
             cached = self._cached_prefix(state, home)
             prefix_tokens = len(cached) * self._config.block_size
-            tokens = draft.grant(prefix_tokens, len(state.tokens) - prefix_tokens)
+            tokens = draft.budget.grant(prefix_tokens, len(state.tokens) - prefix_tokens)
             if not tokens or not self._may_start(cached, prefix_tokens + tokens, home):
                 return
             self._start(state, cached, home)
             self._extend(state, self._blocks_for(prefix_tokens + tokens) - len(cached))
             draft.add_prefill(state, tokens)
+
+    @property
+    def _most_running(self) -> int:
+        config = self._config
+        if config.batch_order is BatchOrder.DECODE_FIRST or config.max_num_batched_tokens is None:
+            return config.max_num_seqs
+        return min(config.max_num_seqs, config.max_num_batched_tokens * config.num_stages)
 
     def _cached_prefix(self, state: _RequestState, home: int) -> tuple[BlockId, ...]:
         """Blocks that need no computing. The last token always does: its row is sampled."""
