@@ -15,6 +15,8 @@ class Verdict(Enum):
     """It is wished for."""
     WOULD_ACT = "would act"
     """It pays, but the policy only observes."""
+    NO_NEED = "no need"
+    """Demand rose for a moment, but nobody is expected to wait for memory."""
     NO_GAIN = "no gain"
     """Waiting would not fall by enough."""
     COMPUTE_BOUND = "compute bound"

@@ -141,6 +141,11 @@ class Controller:
         return self._coordinator.state_of(instance)
 
     @property
+    def is_settled(self) -> bool:
+        """If nothing came in any more, the policy would leave the layout as it is."""
+        return self._governor.is_settled
+
+    @property
     def may_drop(self) -> bool:
         """False: the kill switch forbids the policy to drop parameters."""
         return self._governor.may_drop

@@ -16,7 +16,7 @@ step, and a drop may turn back a restore that has not committed, which ends that
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from kunserve.core.decision import Decision, DecisionNote, Realised, Shortage, Verdict
@@ -46,6 +46,9 @@ from kunserve.policy.planner import TransitionKind, Wish, next_step
 
 EVALUATE_NS = 100_000_000
 """An estimate costs milliseconds: not more often than this."""
+
+CONFIRM_NS = 150_000_000
+"""So long overload must be imminent before it is acted on; one that is reached is at once."""
 
 LEAST_GAIN = 0.2
 """Waiting must fall by this share, what the change costs counted (design section 5)."""
@@ -123,17 +126,25 @@ class DroppingGovernor(Governor):
         self._next_look_ns = now_ns
         self._next_drop_ns = now_ns
         self._next_restore_ns = now_ns
+        self._imminent_since_ns = self._last_imminent_ns = now_ns
         self._restoring: _Restoring | None = None
         self._watches: list[_Watch] = []
         self._noted: dict[tuple[str, tuple[InstanceId, ...]], _Noted] = {}
         self._shortage = ShortageSignal()
         self._next_number = 0
 
+    @property
+    def is_settled(self) -> bool:
+        """All instances are whole, unless they may not become so."""
+        if not self._acts or self._is_held or not self._book.config.may_restore:
+            return True
+        return all(len(group.stages) == 1 for group in self._book.layout.groups)
+
     # ------------------------------------------------------------ what it hears
 
     def submitted(self, request: Request, group: GroupRecord | None, now_ns: int) -> Commands:
         """Many at once overload a group between two of its reports."""
-        self._arrivals.add(len(request.prompt_token_ids), now_ns)
+        self._arrivals.add(len(request.prompt_token_ids), request.params.max_tokens, now_ns)
         if group is not None:
             yield from self.reported(group, now_ns)
 
@@ -151,29 +162,33 @@ class DroppingGovernor(Governor):
 
     def reported(self, group: GroupRecord, now_ns: int) -> Commands:
         """Look at the group's demand; O(1) unless it is too much."""
-        known = self._monitors.get(group.id)
-        if known is None or known[0] != group.epoch:  # another layout has other demand
-            known = self._monitors[group.id] = (group.epoch, DemandMonitor())
-            self._forget_old_groups()
-        monitor = known[1]
-        pressure = monitor.observe(demand_blocks(group), capacity_blocks(group), now_ns)
-        self._pressures[group.id] = pressure
+        pressure = self._observe(group, now_ns)
         if pressure.is_imminent and now_ns >= self._next_look_ns:
             self._next_look_ns = now_ns + EVALUATE_NS
             yield from self._look(now_ns)
 
+    def _observe(self, group: GroupRecord, now_ns: int) -> Pressure:
+        known = self._monitors.get(group.id)
+        if known is None or known[0] != group.epoch:  # another layout has other demand
+            known = self._monitors[group.id] = (group.epoch, DemandMonitor())
+            self._forget_old_groups()
+        pressure = known[1].observe(demand_blocks(group), capacity_blocks(group), now_ns)
+        self._pressures[group.id] = pressure
+        return pressure
+
     def tick(self, now_ns: int) -> Commands:
         """Think of restoring, of a restore that should turn back, and of overload between
-        reports."""
+        reports. An idle group reports nothing."""
         self._drop_left_watches()
         yield from self._close_watches()
+        pressures = [self._observe(group, now_ns) for group in self._book.groups.values()]
         if self._coordinator.is_busy:
             yield from self._turn_back(now_ns)
             return
         self._restoring = None
-        if not any(p.is_reached for p in self._now()):
+        if not any(pressure.is_reached for pressure in pressures):
             yield from self._note_shortage(0, now_ns)
-        if any(pressure.is_imminent for pressure in self._now()):
+        if any(pressure.is_imminent for pressure in pressures):
             if now_ns >= self._next_look_ns:
                 self._next_look_ns = now_ns + EVALUATE_NS
                 yield from self._look(now_ns)
@@ -214,9 +229,13 @@ class DroppingGovernor(Governor):
             return
         if self._is_held or not self.may_drop or now_ns < self._next_drop_ns:
             return
-        plan = self._plan()
-        if any(p.is_reached for p in self._now()):
-            yield from self._note_shortage(plan.lacking_blocks, now_ns)
+        is_reached = any(pressure.is_reached for pressure in self._now())
+        if not is_reached and not self._is_confirmed(now_ns):
+            return
+        if is_reached:
+            lacking_blocks = self._plan(demand_blocks).lacking_blocks
+            yield from self._note_shortage(lacking_blocks, now_ns)
+        plan = self._plan(self._soon_blocks)
         chosen: list[_Candidate] = []
         for merge in plan.merges:
             candidate = self._candidate([self._book.groups[g] for g in merge], now_ns)
@@ -231,14 +250,22 @@ class DroppingGovernor(Governor):
         if chosen:
             yield from self._act(chosen, now_ns)
 
-    def _plan(self) -> DropPlan:
+    def _is_confirmed(self, now_ns: int) -> bool:
+        """Overload has been imminent for a moment: groups that share a burst see it one after the
+        other, and are to be planned together."""
+        if now_ns - self._last_imminent_ns > 3 * CONFIRM_NS:
+            self._imminent_since_ns = now_ns
+        self._last_imminent_ns = now_ns
+        return now_ns - self._imminent_since_ns >= CONFIRM_NS
+
+    def _plan(self, demand_of: Callable[[GroupRecord], int]) -> DropPlan:
         groups = [
             GroupDemand(
                 group=record.id,
                 instances=record.group.instances,
                 domain=min(record.group.instances) // MAX_SLOTS,
                 capacity_blocks=capacity_blocks(record),
-                demand_blocks=self._soon_blocks(record),
+                demand_blocks=demand_of(record),
             )
             for record in self._book.groups.values()
             if self._is_eligible(record)
@@ -283,6 +310,8 @@ class DroppingGovernor(Governor):
         if self._book.config.trigger is Trigger.MEMORY_ONLY:
             return act if candidate.is_reached else Verdict.NO_GAIN
         stay, change = estimate.stay, estimate.change
+        if not stay.memory_ns and not candidate.is_reached:
+            return Verdict.NO_NEED
         if stay.memory_ns <= stay.compute_ns:
             return Verdict.COMPUTE_BOUND
         if self._estimator.slos.are_given:
@@ -434,7 +463,10 @@ class DroppingGovernor(Governor):
         )
 
     def _note(self, decision: Decision, now_ns: int) -> Commands:
-        """Number and say a decision, but not the same verdict all the time."""
+        """Number and say a decision, but not the same verdict all the time, nor that there was
+        nothing to decide."""
+        if decision.verdict is Verdict.NO_NEED:
+            return
         key = (decision.kind, tuple(sorted(i for g in decision.groups for i in g)))
         known = self._noted.get(key)
         acts = decision.verdict in (Verdict.ACT, Verdict.WOULD_ACT)

@@ -223,7 +223,7 @@ class Estimator:
         """Each group by itself; arrivals are dealt out evenly by capacity, as dispatch does."""
         whole = sum(plant.capacity_tokens for plant in plants)
         prompt = self._arrivals.mean_prompt_tokens
-        output = self._lengths.remaining(0, self._book.config.max_model_len)
+        output = self._lengths.remaining(0, self._arrivals.mean_max_tokens)
         futures = []
         for plant, population in zip(plants, people, strict=True):
             share = plant.capacity_tokens / whole if whole else 0.0

@@ -38,6 +38,11 @@ class Governor:
         self.may_drop = book.config.may_drop
         """False: no parameter is dropped any more (kill switch)."""
 
+    @property
+    def is_settled(self) -> bool:
+        """If nothing came in any more, the layout would stay as it is."""
+        return True
+
     def submitted(self, request: Request, group: GroupRecord | None, now_ns: int) -> Commands:
         """A request was taken in, and leased to `group` if there is one."""
         yield from ()
@@ -99,10 +104,21 @@ class StaticPipelines(Governor):
         super().__init__(book, coordinator)
         self._next_ns = 0
 
+    @property
+    def is_settled(self) -> bool:
+        """Who can be paired is."""
+        return self._is_held or not self._pairs()
+
     def tick(self, now_ns: int) -> Commands:
         """Pair whole instances, by their numbers: 0 and 1, 2 and 3, ..."""
         if self._is_held or self._coordinator.is_busy or now_ns < self._next_ns:
             return
+        pairs = self._pairs()
+        if pairs:
+            self._next_ns = now_ns + self.RETRY_NS
+            yield from self._wish(self._partition(pairs), "static pipelines", now_ns)
+
+    def _pairs(self) -> dict[InstanceId, tuple[InstanceId, ...]]:
         whole = {
             group.leader
             for group in map(self._record_of, self._book.layout.groups)
@@ -113,9 +129,7 @@ class StaticPipelines(Governor):
             second = InstanceId(first + 1)
             if first % 2 == 0 and second in whole:
                 pairs |= dict.fromkeys((first, second), (first, second))
-        if pairs:
-            self._next_ns = now_ns + self.RETRY_NS
-            yield from self._wish(self._partition(pairs), "static pipelines", now_ns)
+        return pairs
 
     def _record_of(self, group: Group) -> GroupRecord:
         return self._book.groups[group.id]

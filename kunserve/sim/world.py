@@ -282,6 +282,8 @@ class World:
             return False
         if (self._is_draining and not self._is_drained) or self._controller.is_in_transition:
             return False
+        if not self._controller.is_settled and not self._is_drained:
+            return False
         return all(
             record.state is InstanceState.DEAD
             or self._is_drained_for_good(record)
