@@ -74,6 +74,7 @@ class Controller:
         self._groups = self._book.groups
         self._requests = self._book.requests
         self._draining = False
+        self._leaving: list[InstanceRecord] = []  # that drain, or have done so
         self._next_drain_split_ns = 0
         self._num_waiting = 0
         self._on_trial: RequestId | None = None  # see `_blamed`
@@ -165,8 +166,8 @@ class Controller:
                 self._governor.recorded(command.record, now_ns)
         if self._trial_ended:
             commands.extend(self._next_trial())
-        for instance in self._instances.values():
-            if instance.is_draining and instance.state is InstanceState.READY:
+        for instance in self._leaving:
+            if instance.state is InstanceState.READY:
                 commands.extend(self._settle_drain(instance))
         if self._draining and not self._requests and isinstance(event, _MAY_END_DRAIN):
             commands.append(DrainComplete())
@@ -242,9 +243,7 @@ class Controller:
         snapshots = [group.snapshot(hashes) for group in candidates]
         group = self._groups[choose_group(snapshots, needed)]
         group.prefixes.insert(hashes)
-        group.leases_sent += 1
-        group.unseen.append((group.leases_sent, needed))
-        group.requests.add(request_id)
+        group.lease(request_id, needed)
         record.group = group.id
         yield LeaseRequest(group.leader, group.id, group.epoch, lease)
 
@@ -279,9 +278,8 @@ class Controller:
         instance.last_heard_ns = now_ns
         if group is None or group.epoch != event.epoch:
             return
-        group.load = event.load
+        group.see(event.load)
         instance.timing = event.timing
-        group.unseen = [lease for lease in group.unseen if lease[0] > event.load.leases_seen]
         for request_id in event.started:
             if self._mark_started(request_id, group):
                 yield from self._governor.started(request_id, now_ns)
@@ -532,6 +530,8 @@ class Controller:
         if self._coordinator.is_busy:
             yield AnswerWish(event.wish, False, "the layout is changing; try again afterwards")
             return
+        if not instance.is_draining:
+            self._leaving.append(instance)
         instance.is_draining = True
         yield AnswerWish(event.wish, True, f"instance {instance.id} is draining")
         yield from self._settle_drain(instance)

@@ -147,6 +147,9 @@ class _Order(Enum):
     """What has been merged and is still short; of equally large ones the neediest."""
 
 
+_ORDERS = tuple(_Order)
+
+
 class _DomainPlanner:
     """Plans one domain at a time; `gains` as `_gains` makes them."""
 
@@ -175,15 +178,10 @@ class _DomainPlanner:
                 return [*merged, *left]
             # `max_group_size` asks for more groups, which free fewer copies.
             taken = (*taken, left[0]) if left else None
-        tried = (
-            self._merge(groups, self._max_size, order, False) for order in self._orders(groups)
-        )
+        limit = self._max_size
+        orders = self._orders(groups, limit)
+        tried = [self._merge(groups, limit, order, must_fit=False) for order in orders]
         return min(tried, key=self._cost)
-
-    def _orders(self, groups: Sequence[_United]) -> Sequence[_Order]:
-        """Where all become one group, it is the same one in either order."""
-        fit_limit = sum(group.size for group in groups) <= self._max_size
-        return (_Order.NEEDIEST,) if fit_limit else tuple(_Order)
 
     def _cost(self, sets: Sequence[_United]) -> tuple[int, int, int]:
         """What is lacking, how many instances are paused, the most in one group."""
@@ -219,11 +217,16 @@ class _DomainPlanner:
         for limit in range(2, min(whole.size, self._max_size) + 1):
             if not self._may_fit(whole, limit):
                 continue
-            for order in _Order:
+            for order in self._orders(chosen, limit):
                 merged = self._merge(chosen, limit, order, must_fit=True)
                 if not self.lacking_blocks(merged):
                     return merged
         return None
+
+    def _orders(self, groups: Sequence[_United], limit: int) -> Sequence[_Order]:
+        """One will do where all that can merge are of one size, or all become one group."""
+        is_one = limit == 2 or sum(group.size for group in groups) <= limit
+        return _ORDERS[:1] if is_one else _ORDERS
 
     def _may_fit(self, whole: _United, limit: int) -> bool:
         """False where even the most that groups of `limit` instances free is too little."""
@@ -235,29 +238,30 @@ class _DomainPlanner:
     ) -> list[_United]:
         """The first short group in `order` with its best partner, until none can be helped; with
         `must_fit`, until one cannot."""
-        pool = _Pool(groups, self._gains)
-        short = [
-            (self._turn(one.size, room_blocks, order), one)
-            for one in groups
-            if (room_blocks := self.room_blocks(one)) < 0
-        ]
+        gains, by_size = self._gains, order is _Order.LARGEST
+        pool = _Pool(groups, gains)
+        short: list[tuple[int, int, _United]] = []
+        for one in groups:
+            room_blocks = one.wholes_blocks + gains[one.size]
+            if room_blocks < 0:
+                short.append((-one.size if by_size else 0, room_blocks, one))
         heapify(short)
         while short:
-            _, one = heappop(short)
+            one = heappop(short)[-1]
             if not pool.take(one):
                 continue  # it became somebody's partner
             partner = pool.take_partner(one, limit)
-            united = one if partner is None else _unite(one, partner)
+            if partner is None:
+                pool.add(one)
+                if must_fit:
+                    break
+                continue
+            united = _unite(one, partner)
             pool.add(united)
-            if partner is None and must_fit:
-                break
-            if partner is not None and (room_blocks := self.room_blocks(united)) < 0:
-                heappush(short, (self._turn(united.size, room_blocks, order), united))
+            room_blocks = united.wholes_blocks + gains[united.size]
+            if room_blocks < 0:
+                heappush(short, (-united.size if by_size else 0, room_blocks, united))
         return list(pool)
-
-    def _turn(self, size: int, room_blocks: int, order: _Order) -> tuple[int, int]:
-        """The lowest is first."""
-        return (-size if order is _Order.LARGEST else 0), room_blocks
 
 
 class _Pool:
@@ -267,23 +271,27 @@ class _Pool:
     def __init__(self, sets: Iterable[_United], gains: Sequence[int]) -> None:
         self._gains = gains
         self._by_size: dict[int, list[_United]] = {}
-        for united in sets:
+        for united in sorted(sets):
             self._by_size.setdefault(united.size, []).append(united)
-        for alike in self._by_size.values():
-            alike.sort()
+        self._sizes = sorted(self._by_size)
 
     def __iter__(self) -> Iterator[_United]:
         return chain.from_iterable(self._by_size.values())
 
     def add(self, united: _United) -> None:
         """Put a set in."""
-        insort(self._by_size.setdefault(united.size, []), united)
+        alike = self._by_size.get(united.size)
+        if alike is None:
+            self._by_size[united.size] = [united]
+            insort(self._sizes, united.size)
+        else:
+            insort(alike, united)
 
     def take(self, united: _United) -> bool:
         """Take a set out. False: it is not in any more."""
         alike = self._by_size[united.size]
         at = bisect_left(alike, united)
-        if at == len(alike) or alike[at] != united:
+        if at == len(alike) or alike[at] is not united:
             return False
         del alike[at]
         return True
@@ -292,24 +300,24 @@ class _Pool:
         """Take out the best partner of `one`, which is short and not in the pool: the set that
         makes the smallest group with room enough, with the least to spare; else the one that leaves
         least lacking, if that is less than before."""
-        least_lacking: tuple[int, int, int] | None = None
-        for size in sorted(self._by_size):
+        wholes_blocks, _, own_size = one
+        best: tuple[int, list[_United]] | None = None
+        for size in self._sizes:
+            if own_size + size > limit:
+                break
             alike = self._by_size[size]
-            if not alike or one.size + size > limit:
+            if not alike:
                 continue
-            enough_blocks = -one.wholes_blocks - self._gains[one.size + size]
-            at = bisect_left(alike, (enough_blocks,))
-            if at < len(alike):
-                return alike.pop(at)
+            enough_blocks = -wholes_blocks - self._gains[own_size + size]
             most_blocks = alike[-1].wholes_blocks
-            lacking_blocks = enough_blocks - most_blocks
-            if least_lacking is None or lacking_blocks < least_lacking[0]:
-                least_lacking = lacking_blocks, size, most_blocks
-        if least_lacking is None:
+            if most_blocks >= enough_blocks:
+                return alike.pop(bisect_left(alike, (enough_blocks,)))
+            if best is None or enough_blocks - most_blocks < best[0]:
+                best = enough_blocks - most_blocks, alike
+        if best is None:
             return None
-        lacking_blocks, size, most_blocks = least_lacking
-        alike = self._by_size[size]
-        at = bisect_left(alike, (most_blocks,))  # of equal ones the lowest id
+        lacking_blocks, alike = best
+        at = bisect_left(alike, (alike[-1].wholes_blocks,))  # of equal ones the lowest id
         if lacking_blocks >= self._lacking(one) + self._lacking(alike[at]):
             return None
         return alike.pop(at)
