@@ -106,6 +106,19 @@ def next_microbatch(
     return division.microbatch(division.first(division.all, parts))
 
 
+def share_of_decodes(idle_ns: Sequence[float], all_ns: float, num_stages: int) -> int:
+    """How many of the idle decodes, the first ones, make up a microbatch's share by cost.
+
+    At least the share, if there are so many: when every stage has taken its own, nobody is left.
+
+    Args:
+        idle_ns: cost of each decode that no microbatch in flight has.
+        all_ns: cost of all decodes.
+    """
+    share_ns = all_ns / num_stages * (1.0 - 1e-9)
+    return bisect_left(list(accumulate(idle_ns, initial=0.0)), share_ns, hi=len(idle_ns))
+
+
 class _Span(NamedTuple):
     """Prompt tokens [begin, end) of the queue, counted through all works."""
 

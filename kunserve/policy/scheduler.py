@@ -60,6 +60,7 @@ from kunserve.policy.blocks import BlockPool
 from kunserve.policy.cost_model import CostModel
 from kunserve.policy.drafting import StepBudget
 from kunserve.policy.homes import Compaction, CompactionRefusedError, assign_homes
+from kunserve.policy.microbatch import Work, share_of_decodes
 from kunserve.policy.prefix import block_hashes
 
 MOST_STEPS_WITHOUT_DECODES = 16
@@ -219,6 +220,7 @@ class _Flight:
     states: tuple[_RequestState, ...]
     started: tuple[_RequestState, ...]
     relocations: tuple[_Relocation, ...]
+    cost_ns: float
 
     @property
     def all_states(self) -> list[_RequestState]:
@@ -431,13 +433,14 @@ class Scheduler:
                 self._cost_model,
                 config.step_time_target_ns,
                 config.max_num_batched_tokens,
-                least_tokens=config.block_size,
+                config.block_size,
             )
         )
 
     def _draft_decodes_first(self, draft: _Draft) -> None:
         for state in self._decode_share():
             self._plan_decode(state, draft)
+        self._look_ahead(draft)
         self._plan_prefills(draft)
         self._plan_moves(draft)
         if not draft.has_preempted:
@@ -450,6 +453,7 @@ class Scheduler:
     def _draft_prefills_first(self, draft: _Draft) -> None:
         """Decodes get what prefills and admissions leave of the budget, the earliest first, and all
         of a step without prefills."""
+        self._look_ahead(draft)
         self._plan_prefills(draft)
         if not draft.has_preempted:
             self._admit(draft)
@@ -475,9 +479,58 @@ class Scheduler:
         """
         decodes = [s for s in self._running if s.missing_tokens == 1 and not s.is_stalled]
         share = math.ceil(len(decodes) / self._config.num_stages)
+        idle = [state for state in decodes if state.is_idle]
+        if self._looks_ahead and self._waiting:
+            share = share_of_decodes(
+                [self._decode_ns(state) for state in idle],
+                sum(map(self._decode_ns, decodes)),
+                self._config.num_stages,
+            )
         if self._config.max_num_batched_tokens is not None:
             share = min(share, self._config.max_num_batched_tokens)
-        return [state for state in decodes if state.is_idle][:share]
+        return idle[:share]
+
+    def _decode_ns(self, state: _RequestState) -> float:
+        context_tokens = len(state.tokens) - 1
+        return self._cost_model.chunk_ns(context_tokens, 1, samples=True)
+
+    @property
+    def _looks_ahead(self) -> bool:
+        return self._config.batching is Batching.LOOKAHEAD and self._config.num_stages > 1
+
+    def _look_ahead(self, draft: _Draft) -> None:
+        """With a queue, the microbatch gets an equal share of it. One prompt alone is no queue: it
+        can be in one microbatch only, whatever it gets there."""
+        if not self._looks_ahead:
+            return
+        works = self._queued_works()
+        if len(works) > 1:
+            in_flight_ns = [flight.cost_ns for flight in self._flights.values()]
+            draft.budget.look_ahead(works, self._config.num_stages, in_flight_ns)
+
+    def _queued_works(self) -> list[Work]:
+        """Prompt tokens that can be computed before any request ends: first those that may go into
+        the next step, in their order, then what steps in flight leave over."""
+        prefills = [s for s in self._running if s.missing_tokens > 1 and not s.is_stalled]
+        idle = [Work(s.computed_tokens, s.missing_tokens) for s in prefills if not s.is_in_flight]
+        later = [
+            Work(s.computed_tokens + s.planned_tokens, s.missing_tokens - s.planned_tokens)
+            for s in prefills
+            if s.is_in_flight and s.missing_tokens > s.planned_tokens
+        ]
+        growth = sum(self._blocks_for(len(s.tokens)) - len(s.block_table) for s in prefills)
+        return [*idle, *self._admissible_works(self._pool.available_blocks - growth), *later]
+
+    def _admissible_works(self, num_blocks: int) -> list[Work]:
+        """Waiting requests that fit into so many blocks, the last one perhaps in part."""
+        works = []
+        for state in self._waiting[: max(0, self._most_running - len(self._running))]:
+            tokens = min(len(state.tokens), num_blocks * self._config.block_size)
+            if tokens <= 0:
+                break
+            works.append(Work(0, tokens))
+            num_blocks -= self._blocks_for(tokens)
+        return works
 
     def _plan_decode(self, state: _RequestState, draft: _Draft) -> None:
         """Its one token, unless it was preempted for an earlier one or must wait for a block."""
@@ -651,7 +704,9 @@ class Scheduler:
         for relocation in draft.relocations:
             relocation.state.is_moving = True
         self._to_release.clear()
-        self._flights[plan.step] = _Flight(plan, states, started, tuple(draft.relocations))
+        self._flights[plan.step] = _Flight(
+            plan, states, started, tuple(draft.relocations), draft.budget.total_ns
+        )
         self._next_step += 1
         return plan
 

@@ -53,7 +53,7 @@ def test_more_decodes_leave_prompts_more_time_not_less_once_the_target_is_used_u
 
 
 def test_only_the_first_prefill_gets_the_least() -> None:
-    budget = StepBudget(COST, 8 * MS, least_tokens=16)
+    budget = StepBudget(COST, 8 * MS, block_size=16)
     assert budget.grant(500, 30) == 16  # the prefix alone costs more than there is
     budget.add_prefill(500, 16, samples=False)
     assert budget.is_closed
@@ -61,7 +61,7 @@ def test_only_the_first_prefill_gets_the_least() -> None:
 
 
 def test_a_token_budget_counts_tokens_alone() -> None:
-    budget = StepBudget(COST, target_ns=1, max_tokens=10, least_tokens=16)
+    budget = StepBudget(COST, target_ns=1, max_tokens=10, block_size=16)
     budget.add_decode(5000)
     assert (budget.grant(5000, 4), budget.is_closed) == (4, False)
     budget.add_prefill(5000, 4, samples=True)
