@@ -118,6 +118,19 @@ class EngineCollector(Collector):
         Python around them. Never back to zero while the front lives."""
         counters: dict[str, tuple[str, Callable[[InstanceCounters], float]]] = {
             "num_preemptions": ("Preemptions", lambda done: done.load.preemptions),
+            "num_swapped_out": (
+                "Preempted requests copied to host memory", lambda done: done.load.swapped_out,
+            ),
+            "num_swapped_in": (
+                "Requests copied back from host memory", lambda done: done.load.swapped_in,
+            ),
+            "swap_bytes": (
+                "KV copied to host memory and back", lambda done: done.load.swap_bytes,
+            ),
+            "num_swaps_refused": (
+                "Preempted requests that host memory had no room for",
+                lambda done: done.load.swap_refused,
+            ),
             "prefix_cache_queries": (
                 "Prompt tokens looked up in the prefix cache", lambda d: d.load.prefix_queries,
             ),

@@ -101,6 +101,8 @@ class Outcome:
     """Ends of transitions, by outcome."""
     struck_pulls: int = 0
     """Pulls that a fault of a link has slowed down, held up or ended."""
+    swapped_in: int = 0
+    """Requests that came back from host memory."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,7 @@ class World:
         self._is_draining = False
         self._is_drained = False
         self._preemptions = 0
+        self._swapped_in = 0
         self._struck_pulls = 0
         self._kills = 0
         self._perform_by_type: dict[type, Callable[..., None]] = {
@@ -347,6 +350,8 @@ class World:
             transitions=dict(Counter(self._laws.outcomes)),
             struck_pulls=self._struck_pulls
             + sum(process.instance.pump.struck for process in self._processes.values()),
+            swapped_in=self._swapped_in
+            + sum(process.instance.swapped_in for process in self._processes.values()),
         )
 
     # ------------------------------------------------------------ the loop of both worlds
@@ -446,7 +451,7 @@ class World:
             timeline=timeline,
             rng=rng,
             network=_Network(self, command.instance, command.incarnation, up),
-            spans=Spans(delays.pull, delays.part),
+            spans=Spans(delays.pull, delays.part, delays.copy),
             num_instances=self._scenario.controller.num_instances,
             cost_factor=factors.get(int(command.instance), 1.0),
             load_ns=delays.load.draw(rng),
@@ -528,6 +533,7 @@ class World:
         del self._processes[instance.instance]
         self._losses[instance.instance] += 1
         self._preemptions += instance.preemptions
+        self._swapped_in += instance.swapped_in
         self._struck_pulls += instance.pump.struck
         self._laws.instance_lost(instance.instance)
         self._handle(InstanceLost(instance.instance, instance.incarnation, reason))
