@@ -15,6 +15,8 @@ class Verdict(Enum):
     """It is wished for."""
     WOULD_ACT = "would act"
     """It pays, but the policy only observes."""
+    NO_NEED = "no need"
+    """Demand rose for a moment, but nobody is expected to wait for memory."""
     NO_GAIN = "no gain"
     """Waiting would not fall by enough."""
     COMPUTE_BOUND = "compute bound"
@@ -64,15 +66,15 @@ class Decision:
     groups: tuple[tuple[InstanceId, ...], ...]
     demand_blocks: int
     capacity_blocks: int
-    new_capacity_blocks: int
-    running: int
-    queued: int
-    arrivals_per_s: float
-    freed_blocks_per_s: float
-    stay: Waits
-    change: Waits
-    stall_ns: float
     is_reached: bool
+    new_capacity_blocks: int = 0
+    running: int = 0
+    queued: int = 0
+    arrivals_per_s: float = 0.0
+    freed_blocks_per_s: float = 0.0
+    stay: Waits = Waits()
+    change: Waits = Waits()
+    stall_ns: float = 0.0
     reason: str = ""
 
     @property

@@ -41,7 +41,7 @@ class ControllerConfig:
     `move_timeout_ns` ends whom it waits for.
 
     `policy` answers overload; `may_drop` and `may_restore` are its switches. With an SLO the gain
-    of a drop is attainment.
+    of a drop is attainment. The last three are those of the schedulers: forecasts need them.
     """
 
     num_instances: int
@@ -67,6 +67,9 @@ class ControllerConfig:
     may_restore: bool = True
     slo_ttft_ns: int | None = None
     slo_tpot_ns: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int | None = None
+    step_time_target_ns: int = 100_000_000
 
 
 class InstanceState(Enum):

@@ -31,6 +31,8 @@ from kunserve.core.events import (
     KillInstance,
     LayoutWished,
     LeaseRequest,
+    LogTransition,
+    PolicySwitched,
     RefusalKind,
     RefuseRequest,
     RequestAborted,
@@ -55,6 +57,7 @@ from kunserve.policy.book import (
 )
 from kunserve.policy.coordinator import Coordinator
 from kunserve.policy.dispatcher import PrefixIndex, choose_group
+from kunserve.policy.governors import create_governor
 from kunserve.policy.prefix import block_hashes
 from kunserve.policy.transition import State
 
@@ -66,6 +69,7 @@ class Controller:
         self._config = config
         self._book = Book(config, now_ns)
         self._coordinator = Coordinator(self._book, self._dispatch_parked)
+        self._governor = create_governor(self._book, self._coordinator, now_ns)
         self._instances = self._book.instances
         self._groups = self._book.groups
         self._requests = self._book.requests
@@ -86,6 +90,7 @@ class Controller:
             ClockTicked: self._on_tick,
             LayoutWished: self._on_wish,
             InstanceDrainWished: self._on_drain_wish,
+            PolicySwitched: self._on_switch,
         }
         self._handlers |= dict.fromkeys(get_args(TransitionReport), self._on_transition_report)
 
@@ -137,6 +142,16 @@ class Controller:
         return self._coordinator.state_of(instance)
 
     @property
+    def is_settled(self) -> bool:
+        """If nothing came in any more, the policy would leave the layout as it is."""
+        return self._governor.is_settled
+
+    @property
+    def may_drop(self) -> bool:
+        """False: the kill switch forbids the policy to drop parameters."""
+        return self._governor.may_drop
+
+    @property
     def is_in_transition(self) -> bool:
         """True while the layout changes, or a wish waits for its turn."""
         return self._coordinator.is_busy
@@ -146,6 +161,9 @@ class Controller:
     def handle(self, event: Event, now_ns: int) -> tuple[Command, ...]:
         """Take one event in and say what the world must do, in order."""
         commands = list(self._handlers[type(event)](event, now_ns))
+        for command in commands:
+            if isinstance(command, LogTransition):
+                self._governor.recorded(command.record, now_ns)
         if self._trial_ended:
             commands.extend(self._next_trial())
         for instance in self._leaving:
@@ -175,6 +193,9 @@ class Controller:
         self._requests[request.id] = RequestRecord(request, list(request.output_token_ids))
         self._num_waiting += 1
         yield from self._dispatch(request.id)
+        group_id = self._requests[request.id].group
+        group = self._groups[group_id] if group_id is not None else None
+        yield from self._governor.submitted(request, group, now_ns)
 
     def _refusal(self, request: Request) -> RefuseRequest | None:
         if self._draining:
@@ -260,7 +281,8 @@ class Controller:
         group.see(event.load)
         instance.timing = event.timing
         for request_id in event.started:
-            self._mark_started(request_id, group)
+            if self._mark_started(request_id, group):
+                yield from self._governor.started(request_id, now_ns)
         for request_id, outputs in _by_request(event.outputs).items():
             try:
                 accepted = self._accept(request_id, outputs, group)
@@ -273,11 +295,15 @@ class Controller:
             if request_id in group.requests:
                 self._forget(request_id)
                 yield RefuseRequest(request_id, kind, message)
+        yield from self._governor.reported(group, now_ns)
 
-    def _mark_started(self, request_id: RequestId, group: GroupRecord) -> None:
-        if request_id in group.requests and not self._requests[request_id].started:
-            self._requests[request_id].started = True
-            self._num_waiting -= 1
+    def _mark_started(self, request_id: RequestId, group: GroupRecord) -> bool:
+        """A request left the queue; False if it had before, or is leased elsewhere."""
+        if request_id not in group.requests or self._requests[request_id].started:
+            return False
+        self._requests[request_id].started = True
+        self._num_waiting -= 1
+        return True
 
     def _accept(
         self, request_id: RequestId, outputs: list[TokenOutput], group: GroupRecord
@@ -298,6 +324,7 @@ class Controller:
             record.outputs.append(output.token_id)
             accepted.append(output)
             if output.finish is not None:
+                self._governor.finished(record)
                 self._forget(request_id)
                 break
         return tuple(accepted)
@@ -469,10 +496,17 @@ class Controller:
                 yield StartInstance(instance.id, instance.incarnation)
         yield from self._coordinator.tick(now_ns)
         yield from self._free_draining(now_ns)
+        yield from self._governor.tick(now_ns)
 
     # ------------------------------------------------------------ layouts
 
+    def _on_switch(self, event: PolicySwitched, now_ns: int) -> Iterator[Command]:
+        self._governor.switch(event.may_drop)
+        word = "may" if event.may_drop else "may not"
+        yield AnswerWish(event.wish, True, f"the policy {word} drop parameters")
+
     def _on_wish(self, event: LayoutWished, now_ns: int) -> Iterator[Command]:
+        self._governor.operator_wished(event.kind)
         yield from self._coordinator.wish(event.wish, event.kind, event.groups, event.why, now_ns)
 
     def _on_transition_report(self, event: TransitionReport, now_ns: int) -> Iterator[Command]:

@@ -21,18 +21,23 @@ from heapq import heappop, heappush
 from typing import NamedTuple
 
 from kunserve.core.decision import Waits
-from kunserve.policy.cost_model import ChunkShape, CostModel
+from kunserve.policy.cost_model import CostModel
 
-QUANTUM_NS = 100_000_000
+LONGEST_QUANTUM_NS = 100_000_000
+SHORTEST_QUANTUM_NS = 20_000_000
+MOST_STEP_TOKENS = 4096
+"""No step is expected to take more."""
 
 
 class Expected(NamedTuple):
     """A request as a forecast sees it. `arrival_ns` from now; those that are here have at most 0.
-    `remaining_tokens`: outputs still to come, by the lengths seen so far."""
+    `remaining_tokens`: outputs still to come, by the lengths seen so far. `has_begun`: its client
+    has had the first token before."""
 
     known_tokens: float
     remaining_tokens: float
     arrival_ns: float = 0.0
+    has_begun: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Pace:
     Args:
         cost: of the slowest stage.
         efficiency: what hand-overs of a ring leave, 0..1.
-        step_target_ns: what a step with prompts may last on a whole instance.
+        step_target_ns: what a step of the slowest stage may last with prompts.
         max_tokens: fixed token budget of a step, or None.
     """
 
@@ -68,27 +73,41 @@ class Pace:
 
     def decode_ns(self, running: int, context_tokens: float) -> float:
         """Time in which each of `running` requests gets one token."""
-        return self._round_ns(self._stage_ns(self._share(running), context_tokens))
+        return self._round_ns(self._stage_ns(self._share(running), context_tokens, 0))
 
-    def mixed(self, running: int, context_tokens: float) -> tuple[float, float]:
-        """(time, prompt tokens) of a round with as many prompt tokens as the budget allows."""
+    def mixed(self, running: int, context_tokens: float) -> tuple[float, int]:
+        """(time, prompt tokens) of a round with as many prompt tokens as the budget allows
+        (`kunserve.policy.drafting`)."""
         decodes = self._share(running)
-        decode_ns = self._stage_ns(decodes, context_tokens)
         if self.max_tokens is not None:
             tokens = max(1, self.max_tokens - decodes)
         else:
-            target_ns = max(self.step_target_ns / self.stages, 2.0 * decode_ns)
-            per_token_ns = max(1.0, self.cost.beta_ns)
-            tokens = max(1, int((target_ns - decode_ns) / per_token_ns))
-        stage_ns = decode_ns + self.cost.chunk_ns(0, tokens)
-        return self._round_ns(stage_ns), float(tokens * self.stages)
+            tokens = self._prompt_tokens(decodes, context_tokens)
+        stage_ns = self._stage_ns(decodes, context_tokens, tokens)
+        return self._round_ns(stage_ns), tokens * self.stages
+
+    def _prompt_tokens(self, decodes: int, context_tokens: float) -> int:
+        fixed_ns = max(self.cost.fixed_ns, self._stage_ns(decodes, context_tokens, 0))
+        limit_ns = max(self.step_target_ns, 2.0 * fixed_ns)
+        fitting, too_many = 1, MOST_STEP_TOKENS
+        while too_many - fitting > max(1, fitting // 16):
+            middle = (fitting + too_many) // 2
+            if self._stage_ns(decodes, context_tokens, middle) <= limit_ns:
+                fitting = middle
+            else:
+                too_many = middle
+        return fitting
 
     def _share(self, running: int) -> int:
         return -(-running // self.stages)
 
-    def _stage_ns(self, decodes: int, context_tokens: float) -> float:
-        context = max(1, int(context_tokens))
-        return self.cost.step_ns((ChunkShape(context, 1, True),) * max(1, decodes))
+    def _stage_ns(self, decodes: int, context_tokens: float, prompt_tokens: int) -> float:
+        """A step of the slowest stage, all contexts alike."""
+        cost, context = self.cost, max(1, int(context_tokens))
+        attention_ns = decodes * cost.attention_ns(context, 1)
+        attention_ns += cost.attention_ns(0, prompt_tokens) if prompt_tokens else 0.0
+        tokens = max(1, decodes + prompt_tokens)
+        return cost.linear_ns(tokens) + attention_ns + cost.head_step_ns(max(1, decodes))
 
     def _round_ns(self, stage_ns: float) -> float:
         efficiency = self.efficiency if self.stages > 1 else 1.0
@@ -109,12 +128,14 @@ class Plant:
 @dataclass(frozen=True)
 class Forecast:
     """What a group's next `horizon` looks like. `peak_tokens`: most that its requests would hold
-    together, queued ones included. `decode_ns`: mean time between two tokens of a request."""
+    together, queued ones included. `decode_ns`: mean time between two tokens of a request.
+    `present_ns`: of the waits, those of requests that are here already, from now on."""
 
     waits: Waits
     peak_tokens: float
     decode_ns: float
     finished: int
+    present_ns: float
 
 
 def project(
@@ -123,15 +144,16 @@ def project(
     queued: Iterable[Expected],
     horizon_ns: int,
     slos: Slos = Slos(),
-    quantum_ns: int = QUANTUM_NS,
 ) -> Forecast:
-    """Run the fluid for `horizon_ns`.
+    """Run the fluid for `horizon_ns`, in quanta of about a step.
 
     Args:
         running: requests that hold memory now.
         queued: those that wait, and those that are expected to come, by arrival.
     """
     fluid = _Fluid(plant, running, queued, slos)
+    step_ns = plant.pace.decode_ns(len(running), fluid.mean_context)
+    quantum_ns = max(SHORTEST_QUANTUM_NS, min(LONGEST_QUANTUM_NS, int(step_ns)))
     now_ns = 0.0
     while now_ns < horizon_ns:
         fluid.advance(now_ns, quantum_ns)
@@ -193,9 +215,14 @@ class _Fluid:
         self._queue: deque[Expected] = deque()
         self._queued_tokens = 0.0
         self._prompts: deque[_Prompt] = deque()
-        self._memory_ns = self._compute_ns = self._decode_ns = 0.0
+        self._memory_ns = self._compute_ns = self._decode_ns = self._present_ns = 0.0
         self._requests = self._attained = self._finished = self._beats = 0
         self._peak = self._held
+
+    @property
+    def mean_context(self) -> float:
+        """Tokens of a request that decodes."""
+        return self._context / self._count if self._count else 1.0
 
     def advance(self, now_ns: float, quantum_ns: int) -> None:
         """One quantum: arrivals, admission, computing, ends, preemption."""
@@ -212,13 +239,12 @@ class _Fluid:
         self._preempt()
 
     def forecast(self, now_ns: float) -> Forecast:
-        """What came of it; requests that still wait count up to now."""
-        attained = self._attained
-        if self._slos.ttft_ns is None:
-            attained += len(self._queue) + len(self._prompts)
-        waits = Waits(self._memory_ns, self._compute_ns, self._requests, attained)
+        """What came of it; requests that still wait count up to now, and have attained nothing."""
+        waits = Waits(self._memory_ns, self._compute_ns, self._requests, self._attained)
         decode_ns = self._decode_ns / self._beats if self._beats else 0.0
-        return Forecast(waits, self._peak, decode_ns, self._finished)
+        left = (*self._queue, *(prompt.request for prompt in self._prompts))
+        present_ns = self._present_ns + now_ns * sum(map(_is_present, left))
+        return Forecast(waits, self._peak, decode_ns, self._finished, present_ns)
 
     def _enqueue(self, request: Expected) -> None:
         self._queue.append(request)
@@ -250,10 +276,10 @@ class _Fluid:
             self._prompts.append(_Prompt(request, request.known_tokens))
 
     def _compute(self, now_ns: float, quantum_ns: int) -> None:
-        mean = self._context / self._count if self._count else 1.0
+        mean = self.mean_context
         if self._prompts:
             round_ns, tokens = self._plant.pace.mixed(self._count, mean)
-            self._prefill(tokens * quantum_ns / round_ns, now_ns, round_ns)
+            self._prefill(tokens * quantum_ns / round_ns, now_ns + quantum_ns / 2, round_ns)
         else:
             round_ns = self._plant.pace.decode_ns(self._count, mean)
         if self._count:
@@ -273,7 +299,9 @@ class _Fluid:
             if prompt.left_tokens > 0.0:
                 return
             self._prompts.popleft()
-            self._note_first_token(now_ns - prompt.request.arrival_ns, round_ns)
+            if not prompt.request.has_begun:
+                self._note_first_token(now_ns - prompt.request.arrival_ns, round_ns)
+            self._present_ns += now_ns if _is_present(prompt.request) else 0.0
             self._decode(prompt.request)
 
     def _note_first_token(self, ttft_ns: float, round_ns: float) -> None:
@@ -299,7 +327,7 @@ class _Fluid:
                 continue
             self._gone.add(entry.order)
             known = self._drop(entry, self._clock)
-            self._queue.appendleft(Expected(known, entry.end - self._clock))
+            self._queue.appendleft(Expected(known, entry.end - self._clock, has_begun=True))
             self._queued_tokens += known + self._plant.overhead_tokens
 
     def _drop(self, entry: _Decoding, clock: float) -> float:
@@ -308,3 +336,8 @@ class _Fluid:
         self._context -= tokens
         self._held -= tokens + self._plant.overhead_tokens
         return tokens
+
+
+def _is_present(request: Expected) -> bool:
+    """It waits now for its first token."""
+    return request.arrival_ns <= 0.0 and not request.has_begun

@@ -12,14 +12,21 @@ from __future__ import annotations
 from bisect import bisect_right, insort
 from collections import deque
 from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
 
+from kunserve.core.decision import Shortage
 from kunserve.policy.book import GroupRecord
 
 IMMINENT_NS = 2_000_000_000
 """So far ahead the monitor looks: dropping takes a tenth of a second, and the estimate a few ms."""
 
-SLOPE_WINDOW_NS = 1_000_000_000
-SLOPE_STEP_NS = 100_000_000
+SLOPE_STEP_NS = 200_000_000
+SLOPE_STEPS = 5
+FEWEST_STEPS = 3
+LEAST_RATE_WINDOW_NS = 1_000_000_000
+SHORTAGE_LASTS_NS = 1_000_000_000
+SHORTAGE_ENDS_NS = 10_000_000_000
 RATE_WINDOW_NS = 3_000_000_000
 MEAN_OF_ARRIVALS = 64
 KEPT_LENGTHS = 512
@@ -62,49 +69,96 @@ class Pressure:
 
 
 class DemandMonitor:
-    """Demand of one group over the last second."""
+    """Demand of one group over the last second.
+
+    Its slope is the median over steps of `SLOPE_STEP_NS`, so that many arrivals at once, which are
+    no trend, do not count as one; what they need is demand already.
+    """
 
     def __init__(self) -> None:
-        self._samples: deque[tuple[int, int]] = deque()
+        self._samples: deque[tuple[int, int]] = deque(maxlen=SLOPE_STEPS + 1)
 
     def observe(self, demand: int, capacity: int, now_ns: int) -> Pressure:
         """Take in a group's demand of now."""
         samples = self._samples
-        while samples and now_ns - samples[0][0] > SLOPE_WINDOW_NS:
-            samples.popleft()
-        slope = 0.0
-        if samples and now_ns - samples[0][0] >= SLOPE_STEP_NS:
-            since_ns, before = samples[0]
-            slope = (demand - before) * 1e9 / (now_ns - since_ns)
+        if samples and now_ns - samples[-1][0] > SLOPE_STEPS * SLOPE_STEP_NS:
+            samples.clear()
         if not samples or now_ns - samples[-1][0] >= SLOPE_STEP_NS:
             samples.append((now_ns, demand))
-        return Pressure(demand, capacity, slope)
+        return Pressure(demand, capacity, self._slope_blocks_per_s())
+
+    def _slope_blocks_per_s(self) -> float:
+        if len(self._samples) <= FEWEST_STEPS:
+            return 0.0
+        return median(
+            (after - before) * 1e9 / (until_ns - since_ns)
+            for (since_ns, before), (until_ns, after) in pairwise(self._samples)
+        )
+
+
+class ShortageSignal:
+    """The autoscale signal: raised when demand has been lacking room for a while, and taken back
+    when it has not for a longer one, so that it does not flap."""
+
+    def __init__(self) -> None:
+        self._shown = Shortage(0, 0)
+        self._since_ns: int | None = None
+        self._quiet_ns: int | None = None
+
+    def observe(self, shortage: Shortage, now_ns: int) -> Shortage | None:
+        """Take in what is lacking now; returns the signal if it changes."""
+        if not shortage.lacking_blocks:
+            self._since_ns = None
+            if self._quiet_ns is None:
+                self._quiet_ns = now_ns
+            is_over = now_ns - self._quiet_ns >= SHORTAGE_ENDS_NS
+            return self._show(shortage) if is_over else None
+        self._quiet_ns = None
+        if self._since_ns is None:
+            self._since_ns = now_ns
+        if now_ns - self._since_ns < SHORTAGE_LASTS_NS:
+            return None
+        more = shortage.instances_wanted > self._shown.instances_wanted
+        return self._show(shortage) if more else None
+
+    def _show(self, shortage: Shortage) -> Shortage | None:
+        if shortage.instances_wanted == self._shown.instances_wanted:
+            return None
+        self._shown = shortage
+        return shortage
 
 
 class Arrivals:
-    """What comes in: how often, and how long its prompts are."""
+    """What comes in: how often, how long its prompts are, and how many tokens it asks for."""
 
     def __init__(self, since_ns: int) -> None:
         self._since_ns = since_ns
         self._times_ns: deque[int] = deque()
         self._prompts: deque[int] = deque(maxlen=MEAN_OF_ARRIVALS)
+        self._limits: deque[int] = deque(maxlen=MEAN_OF_ARRIVALS)
 
-    def add(self, prompt_tokens: int, now_ns: int) -> None:
+    def add(self, prompt_tokens: int, max_tokens: int, now_ns: int) -> None:
         """A request arrived."""
         self._times_ns.append(now_ns)
         self._prompts.append(prompt_tokens)
+        self._limits.append(max_tokens)
 
     def per_s(self, now_ns: int) -> float:
         """Requests per second over the last seconds."""
         while self._times_ns and now_ns - self._times_ns[0] > RATE_WINDOW_NS:
             self._times_ns.popleft()
-        window_ns = min(RATE_WINDOW_NS, max(SLOPE_WINDOW_NS, now_ns - self._since_ns))
+        window_ns = min(RATE_WINDOW_NS, max(LEAST_RATE_WINDOW_NS, now_ns - self._since_ns))
         return len(self._times_ns) * 1e9 / window_ns
 
     @property
     def mean_prompt_tokens(self) -> float:
         """Of the last arrivals; 0 before the first."""
         return sum(self._prompts) / len(self._prompts) if self._prompts else 0.0
+
+    @property
+    def mean_max_tokens(self) -> int:
+        """Likewise: most output tokens that they ask for."""
+        return sum(self._limits) // len(self._limits) if self._limits else 0
 
 
 class OutputLengths:
