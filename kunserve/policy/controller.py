@@ -11,6 +11,7 @@ reaches the client exactly once, whatever dies in between.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
 from kunserve.core.errors import AccountingError
@@ -262,7 +263,7 @@ class Controller:
         instance.timing = event.timing
         group.unseen = [lease for lease in group.unseen if lease[0] > event.load.leases_seen]
         for request_id in event.started:
-            self._mark_started(request_id, group)
+            self._mark_started(request_id, group, now_ns)
         for request_id, outputs in _by_request(event.outputs).items():
             try:
                 accepted = self._accept(request_id, outputs, group)
@@ -276,9 +277,10 @@ class Controller:
                 self._forget(request_id)
                 yield RefuseRequest(request_id, kind, message)
 
-    def _mark_started(self, request_id: RequestId, group: GroupRecord) -> None:
+    def _mark_started(self, request_id: RequestId, group: GroupRecord, now_ns: int) -> None:
         if request_id in group.requests and not self._requests[request_id].started:
             self._requests[request_id].started = True
+            self._requests[request_id].started_ns = now_ns
             self._num_waiting -= 1
 
     def _accept(
@@ -298,7 +300,7 @@ class Controller:
                     f"{len(record.outputs)} was due at epoch {group.epoch}"
                 )
             record.outputs.append(output.token_id)
-            accepted.append(output)
+            accepted.append(output if output.index else _with_queue_time(output, record))
             if output.finish is not None:
                 self._forget(request_id)
                 break
@@ -536,6 +538,12 @@ class Controller:
 
 
 _MAY_END_DRAIN = (DrainRequested, GroupReport, RequestAborted, InstanceLost)
+
+
+def _with_queue_time(output: TokenOutput, record: RequestRecord) -> TokenOutput:
+    if record.started_ns is None:
+        return output
+    return replace(output, queued_ns=record.started_ns - record.request.arrival_ns)
 
 
 def _by_request(outputs: Sequence[TokenOutput]) -> dict[RequestId, list[TokenOutput]]:
