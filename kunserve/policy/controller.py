@@ -11,6 +11,7 @@ reaches the client exactly once, whatever dies in between.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
 from kunserve.core.errors import AccountingError
@@ -281,7 +282,7 @@ class Controller:
         group.see(event.load)
         instance.timing = event.timing
         for request_id in event.started:
-            if self._mark_started(request_id, group):
+            if self._mark_started(request_id, group, now_ns):
                 yield from self._governor.started(request_id, now_ns)
         for request_id, outputs in _by_request(event.outputs).items():
             try:
@@ -297,11 +298,13 @@ class Controller:
                 yield RefuseRequest(request_id, kind, message)
         yield from self._governor.reported(group, now_ns)
 
-    def _mark_started(self, request_id: RequestId, group: GroupRecord) -> bool:
+    def _mark_started(self, request_id: RequestId, group: GroupRecord, now_ns: int) -> bool:
         """A request left the queue; False if it had before, or is leased elsewhere."""
-        if request_id not in group.requests or self._requests[request_id].started:
+        record = self._requests[request_id] if request_id in group.requests else None
+        if record is None or record.started:
             return False
-        self._requests[request_id].started = True
+        record.started = True
+        record.started_ns = now_ns
         self._num_waiting -= 1
         return True
 
@@ -322,7 +325,7 @@ class Controller:
                     f"{len(record.outputs)} was due at epoch {group.epoch}"
                 )
             record.outputs.append(output.token_id)
-            accepted.append(output)
+            accepted.append(output if output.index else _with_queue_time(output, record))
             if output.finish is not None:
                 self._governor.finished(record)
                 self._forget(request_id)
@@ -570,6 +573,12 @@ class Controller:
 
 
 _MAY_END_DRAIN = (DrainRequested, GroupReport, RequestAborted, InstanceLost)
+
+
+def _with_queue_time(output: TokenOutput, record: RequestRecord) -> TokenOutput:
+    if record.started_ns is None:
+        return output
+    return replace(output, queued_ns=record.started_ns - record.request.arrival_ns)
 
 
 def _by_request(outputs: Sequence[TokenOutput]) -> dict[RequestId, list[TokenOutput]]:

@@ -74,6 +74,7 @@ from kunserve.worker.settings import EngineSettings
 logger = logging.getLogger("kunserve.cluster")
 
 TICK_S = 0.25
+VIEW_INTERVAL_NS = 20_000_000
 STALL_S = 0.5
 STALL_GRACE_S = 1.0
 """A tick this late means that this process, or the machine, stood still. Messages of that time may
@@ -137,6 +138,7 @@ class Cluster:
         self._drained = threading.Event()
         self._ended = threading.Event()
         self._view = ClusterView()
+        self._view_asked = False
         self._viewer = Viewer(self._controller, settings.controller)
         self._wishes: dict[int, OnAnswer] = {}
         self._wish_lock = threading.Lock()
@@ -147,7 +149,9 @@ class Cluster:
 
     @property
     def view(self) -> ClusterView:
-        """The last snapshot, at most a tick old."""
+        """The last snapshot, at most a tick old. Whoever asks often gets newer ones: the next is
+        taken with the next message, but not more than one in `VIEW_INTERVAL_NS`."""
+        self._view_asked = True
         return self._view
 
     @property
@@ -296,6 +300,8 @@ class Cluster:
             self._take_inbox()
             late_s = time.monotonic() - next_tick
             if late_s < 0:
+                if self._view_asked and self._view_age_ns() >= VIEW_INTERVAL_NS:
+                    self._publish()
                 continue
             stalled = late_s > STALL_S
             next_tick = time.monotonic() + (STALL_GRACE_S if stalled else TICK_S)
@@ -466,7 +472,11 @@ class Cluster:
 
     # ------------------------------------------------------------ snapshot
 
+    def _view_age_ns(self) -> int:
+        return time.monotonic_ns() - self._view.at_ns
+
     def _publish(self) -> None:
+        self._view_asked = False
         pids = {child.instance: child.process.pid for child in self._supervisor.children}
         self._view = self._viewer.view(pids, time.monotonic_ns(), time.thread_time_ns())
         self._on_view(self._view)

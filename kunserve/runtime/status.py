@@ -19,8 +19,9 @@ class InstanceStatus:
 
     `state` is "starting", "ready", "resetting", "draining", "drained", "waiting for restart" or
     "dead". `load` is the group's, on its leader alone; `timing` is each instance's own. `pages` by
-    kind of owner: "part", "kv", "free", ... . `heartbeat_age_s` counts from the last message of the
-    instance to the moment of the snapshot.
+    kind of owner: "part", "kv", "free", ... . `costs`: constants of its cost model, as in
+    `InstanceReady`. `heartbeat_age_s` counts from the last message of the instance to the moment
+    of the snapshot.
     """
 
     instance: InstanceId
@@ -30,6 +31,7 @@ class InstanceStatus:
     load: GroupLoad | None
     timing: StepTiming = StepTiming()
     pages: Mapping[str, int] = field(default_factory=dict)
+    costs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,16 @@ class GroupStatus:
     num_requests: int
     load: GroupLoad | None
     in_transition: str | None = None
+
+    @property
+    def used_blocks(self) -> int:
+        """Blocks that requests refer to; none while the group has not reported."""
+        return self.load.total_blocks - self.load.available_blocks if self.load else 0
+
+    @property
+    def queued_blocks(self) -> int:
+        """Blocks that its waiting requests need for all tokens known so far."""
+        return self.load.queued_blocks if self.load else 0
 
 
 @dataclass(frozen=True)

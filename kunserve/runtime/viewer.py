@@ -141,6 +141,7 @@ class Viewer:
             load=group.load if group is not None and leads else None,
             timing=record.timing,
             pages=record.pages,
+            costs=record.costs,
         )
 
     def _dropped_pages(self) -> int:
