@@ -32,9 +32,9 @@ def test_nothing_waits_where_there_is_room():
 
 
 def test_a_queue_waits_for_memory_until_somebody_ends():
-    running = [Expected(460.0, 40.0), Expected(460.0, 80.0)]
+    running = [Expected(440.0, 40.0), Expected(440.0, 80.0)]
     forecast = project(PLANT, running, [Expected(100.0, 10.0)], 10 * SECOND_NS)
-    until_one_ends_ns = 40 * WHOLE.decode_ns(2, 470.0)
+    until_one_ends_ns = 40 * WHOLE.decode_ns(2, 460.0)
     assert forecast.waits.memory_ns == pytest.approx(until_one_ends_ns, rel=0.2)
     assert forecast.waits.compute_ns < forecast.waits.memory_ns / 3
 
