@@ -105,6 +105,9 @@ class SchedulerConfig:
     """How steps are formed when requests queue and the group has several stages."""
     batch_order: BatchOrder = BatchOrder.DECODE_FIRST
     """Who gets a step's budget first."""
+    chain_chunks: bool = True
+    """In a pipeline, the chunks of a prompt go into consecutive microbatches, each before the one
+    ahead of it is done. False: one at a time, so that a prompt keeps one stage at work only."""
     host_blocks: int = 0
     """Blocks of host memory that preempted requests are swapped to. 0: they are recomputed."""
     host_block_bytes: int = 0
@@ -147,6 +150,7 @@ class _RequestState:
         "is_running",
         "is_swapping",
         "is_unannounced",
+        "is_void",
         "limit_tokens",
         "num_outside",
         "num_prompt_tokens",
@@ -165,7 +169,7 @@ class _RequestState:
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.limit_tokens = min(max_model_len, self.num_prompt_tokens + request.params.max_tokens)
         self.computed_tokens = 0
-        self.planned_tokens = 0  # in a plan that is being executed
+        self.planned_tokens = 0  # in plans that are being executed
         self.block_table: tuple[BlockId, ...] = ()
         self.hashes: tuple[bytes, ...] = ()  # of the full blocks of the known tokens, so far
         self.published_blocks = 0  # the first blocks of the table whose names others may see
@@ -179,6 +183,7 @@ class _RequestState:
         self.is_moving = False  # some of its blocks, by a plan that is being executed
         self.host_blocks: tuple[HostBlock, ...] = ()  # that hold its computed tokens, or will
         self.is_swapping = False  # a copy to or from host memory is under way
+        self.is_void = False  # its plans in flight go on from a chunk that was cancelled
 
     @property
     def is_in_flight(self) -> bool:
@@ -199,6 +204,23 @@ class _RequestState:
     def missing_tokens(self) -> int:
         """Known tokens whose KV is not computed. 1: a decode."""
         return len(self.tokens) - self.computed_tokens
+
+    @property
+    def reached_tokens(self) -> int:
+        """Known tokens whose KV is computed when the plans in flight are done."""
+        return self.computed_tokens + self.planned_tokens
+
+    @property
+    def unplanned_tokens(self) -> int:
+        """Known tokens that are neither computed nor in a plan."""
+        return len(self.tokens) - self.reached_tokens
+
+    @property
+    def may_follow(self) -> bool:
+        """Its next chunk may follow one in flight: stages compute plans in their order, so they
+        have the KV of the first one when the second one comes."""
+        is_going_on = self.planned_tokens > 0 and not self.is_void and not self.is_aborted
+        return is_going_on and self.unplanned_tokens > 0 and not self.is_moving
 
     @property
     def num_output_tokens(self) -> int:
@@ -260,8 +282,8 @@ class _Draft:
     def add_prefill(self, state: _RequestState, tokens: int) -> None:
         """Compute the next `tokens` tokens of `state`, which the budget has granted."""
         self.work[state] = tokens
-        samples = tokens == state.missing_tokens
-        self.budget.add_prefill(state.computed_tokens, tokens, samples)
+        samples = tokens == state.unplanned_tokens
+        self.budget.add_prefill(state.reached_tokens, tokens, samples)
 
 
 class Scheduler:
@@ -500,7 +522,7 @@ class Scheduler:
         decodes = [s for s in self._running if s.missing_tokens == 1 and not s.is_stalled]
         share = math.ceil(len(decodes) / self._config.num_stages)
         idle = [state for state in decodes if state.is_idle]
-        if self._looks_ahead and self._waiting:
+        if self._looks_ahead:
             share = share_of_decodes(
                 [self._decode_ns(state) for state in idle],
                 sum(map(self._decode_ns, decodes)),
@@ -519,27 +541,19 @@ class Scheduler:
         return self._config.batching is Batching.LOOKAHEAD and self._config.num_stages > 1
 
     def _look_ahead(self, draft: _Draft) -> None:
-        """With a queue, the microbatch gets an equal share of it. One prompt alone is no queue: it
-        can be in one microbatch only, whatever it gets there."""
-        if not self._looks_ahead:
-            return
-        works = self._queued_works()
-        if len(works) > 1:
+        """With a queue, the microbatch gets an equal share of it."""
+        works = self._queued_works() if self._looks_ahead else []
+        if works:
             in_flight_ns = [flight.cost_ns for flight in self._flights.values()]
             draft.budget.look_ahead(works, self._config.num_stages, in_flight_ns)
 
     def _queued_works(self) -> list[Work]:
-        """Prompt tokens that can be computed before any request ends: first those that may go into
-        the next step, in their order, then what steps in flight leave over."""
-        prefills = [s for s in self._running if s.missing_tokens > 1 and not s.is_stalled]
-        idle = [Work(s.computed_tokens, s.missing_tokens) for s in prefills if not s.is_in_flight]
-        later = [
-            Work(s.computed_tokens + s.planned_tokens, s.missing_tokens - s.planned_tokens)
-            for s in prefills
-            if s.is_in_flight and s.missing_tokens > s.planned_tokens
-        ]
+        """Prompt tokens that can be computed before any request ends, in the order in which they
+        are planned."""
+        prefills = self._plannable_prefills()
+        works = [Work(state.reached_tokens, state.unplanned_tokens) for state in prefills]
         growth = sum(self._blocks_for(len(s.tokens)) - len(s.block_table) for s in prefills)
-        return [*idle, *self._admissible_works(self._pool.available_blocks - growth), *later]
+        return works + self._admissible_works(self._pool.available_blocks - growth)
 
     def _admissible_works(self, num_blocks: int) -> list[Work]:
         """Waiting requests that fit into so many blocks, the last one perhaps in part."""
@@ -559,31 +573,40 @@ class Scheduler:
 
     def _plan_prefills(self, draft: _Draft) -> None:
         """What the budget allows to requests that lack more than a token, by arrival."""
-        prefills = [s for s in self._running if s.missing_tokens > 1 and s.is_idle]
-        for state in prefills:
+        for state in self._plannable_prefills():
             if draft.budget.is_closed:
                 return
             if not state.is_running:  # preempted for an earlier one
                 continue
-            granted = draft.budget.grant(state.computed_tokens, state.missing_tokens)
+            granted = draft.budget.grant(state.reached_tokens, state.unplanned_tokens)
             tokens = self._grow(state, granted, draft)
             if tokens:
                 draft.add_prefill(state, tokens)
+
+    def _plannable_prefills(self) -> list[_RequestState]:
+        """By arrival. In a pipeline the chunks of a prompt follow each other; while blocks move to
+        their homes, each waits for the one before."""
+        can_follow = self._config.chain_chunks and self._compaction is None
+        return [
+            state
+            for state in self._running
+            if state.missing_tokens > 1 and (state.is_idle or (can_follow and state.may_follow))
+        ]
 
     def _grow(self, state: _RequestState, tokens: int, draft: _Draft) -> int:
         """Give `state` blocks for its next `tokens` tokens; how many of them have room then.
 
         A chunk is cut to the blocks that are available. Only when it has no room at all are others
-        preempted for it; 0 when that hit `state` itself.
+        preempted for it, unless it gets on anyway; 0 when that hit `state` itself.
         """
-        room = len(state.block_table) * self._config.block_size - state.computed_tokens
+        room = len(state.block_table) * self._config.block_size - state.reached_tokens
         if tokens <= room:
             return tokens
-        if room == 0 and not self._make_room(state, draft):
+        if room == 0 and state.is_idle and not self._make_room(state, draft):
             return 0
         missing_blocks = self._blocks_for(tokens - room)
         self._extend(state, min(missing_blocks, self._pool.available_in(state.home)))
-        return min(tokens, len(state.block_table) * self._config.block_size - state.computed_tokens)
+        return min(tokens, len(state.block_table) * self._config.block_size - state.reached_tokens)
 
     def _make_room(self, state: _RequestState, draft: _Draft) -> bool:
         """Preempt the latest arrivals of its home until a block is available there; False if
@@ -730,7 +753,7 @@ class Scheduler:
             moves=tuple(BlockMove(r.source, r.target) for r in draft.relocations if r.is_first),
         )
         for state, tokens in draft.work.items():
-            state.planned_tokens = tokens
+            state.planned_tokens += tokens
             state.is_unannounced = False
         for relocation in draft.relocations:
             relocation.state.is_moving = True
@@ -966,11 +989,12 @@ class Scheduler:
         """
         flight = self._flight_of(plan, result)
         tokens = {} if result.cancelled else _tokens_of(flight.plan, result)
+        void = {state for state in flight.states if state.is_void}
         self._land(flight, result.cancelled, {request_id for request_id, _ in result.failed})
         outputs: list[TokenOutput] = []
         if not result.cancelled:
             for state, chunk in zip(flight.states, flight.plan.chunks, strict=True):
-                if state.is_running:
+                if state.is_running and state not in void:
                     self._commit(state, len(chunk.token_ids))
                     if chunk.samples:
                         outputs.append(self._append(state, tokens[chunk.request_id]))
@@ -981,10 +1005,13 @@ class Scheduler:
     ) -> None:
         """The plan is over. Requests that were aborted meanwhile or failed leave now."""
         del self._flights[flight.plan.step]
-        for state in flight.states:
-            state.planned_tokens = 0
+        for state, chunk in zip(flight.states, flight.plan.chunks, strict=True):
+            state.planned_tokens -= len(chunk.token_ids)
+            state.is_void = state.planned_tokens > 0 and (state.is_void or is_cancelled)
         self._settle_moves(flight, is_cancelled)
         for state in flight.all_states:
+            if state.is_in_flight:
+                continue
             if state.is_aborted or state.request.id in failed:
                 del self._requests[state.request.id]
                 self._leave(state)
@@ -1457,7 +1484,7 @@ class Scheduler:
 
 
 def _chunk(state: _RequestState, tokens: int) -> Chunk:
-    start = state.computed_tokens
+    start = state.reached_tokens
     return Chunk(
         request_id=state.request.id,
         token_ids=tuple(state.tokens[start : start + tokens]),
