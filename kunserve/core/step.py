@@ -105,6 +105,13 @@ class GroupLoad:
     preemptions: int
     prefix_queries: int
     prefix_hits: int
+    swapped_out: int = 0
+    """Requests whose KV went to host memory, and came back from there."""
+    swapped_in: int = 0
+    swap_bytes: int = 0
+    """Copied to host memory and back."""
+    swap_refused: int = 0
+    """Preempted requests that host memory had no room for: they are computed again."""
 
     @property
     def available_blocks(self) -> int:

@@ -7,7 +7,7 @@ Both worlds drive it, the process (`kunserve.runtime.instance`) and the simulato
     for message, payload in peers:
         member.take_peer(message, payload, now_ns)    # of other instances
     for answer in answers:
-        member.computed(answer, now_ns)               # or pulled, part_ready
+        member.computed(answer, now_ns)               # or pulled, part_ready, copied
     for action in member.turn(now_ns, ...):
         world.perform(action)                         # in this order: see `turn`
 
@@ -153,6 +153,7 @@ class Member:
         self._ready: deque[Work] = deque()
         self._active: Work | None = None
         self._urgent: RunHead | None = None  # between the layers of the active work
+        self._copies = 0  # of KV, to or from host memory, that the world has begun
         # A transition
         self._transition = TransitionId(-1)
         self._prepare: Prepare | None = None  # that is not answered yet
@@ -236,6 +237,11 @@ class Member:
         return self._scheduler.load().preemptions if self._scheduler is not None else 0
 
     @property
+    def swapped_in(self) -> int:
+        """Requests that came back from host memory under the group that it leads."""
+        return self._scheduler.load().swapped_in if self._scheduler is not None else 0
+
+    @property
     def referenced_blocks(self) -> int:
         """Blocks in use of the group that it leads."""
         return self._scheduler.referenced_blocks if self._scheduler is not None else 0
@@ -271,8 +277,8 @@ class Member:
         order(message, now_ns)
 
     def _form_group(self, message: FormGroup, now_ns: int) -> None:
-        if self.is_computing:
-            raise AccountingError("a group cannot be formed while a step is under way")
+        if self.is_computing or self._is_copying:
+            raise AccountingError("a group cannot be formed while a step is under way, or a copy")
         config = self._config
         group = whole_instance(message.group, message.epoch, config.instance, config.num_layers)
         self._join(group)
@@ -332,6 +338,8 @@ class Member:
             max_num_seqs=most_seqs,
             max_moves_per_step=max(1, most_moves),
             capacity_blocks=capacity_blocks,
+            host_blocks=config.host_blocks if len(group.stages) == 1 else 0,
+            host_block_bytes=self._memory.plan.geometry.block_bytes * self._config.num_layers,
         )
         pool = BlockPool(slots.slot_blocks, self._blocks_per_page)
         return Scheduler(limits, pool, cost, group.epoch)
@@ -459,6 +467,7 @@ class Member:
         self._link_bytes = link_bytes
         self._times_ns = (execute_ns, schedule_ns)
         self._plan_steps(now_ns)
+        self._start_copies()
         self._step_transition(now_ns)
         report = self._take_report()
         if report is not None:
@@ -476,6 +485,34 @@ class Member:
             self._flights[plan.step] = plan
             self._ready.append(RunFirst(plan))
             self._started += self._scheduler.newly_started()
+
+    @property
+    def _is_copying(self) -> bool:
+        return self._copies > 0 or (self._scheduler is not None and self._scheduler.is_copying)
+
+    def _start_copies(self) -> None:
+        """Beside the work under way, but not beside a step that an aborted fence has cancelled: it
+        may still write to blocks that have another owner by now."""
+        if self._scheduler is None or (self._active and self._is_cancelled(self._active)):
+            return
+        copies = self._scheduler.take_copies()
+        self._copies += len(copies)
+        self._actions += copies
+
+    def copied(self, transfer: int, now_ns: int) -> None:
+        """A copy of KV to or from host memory has ended.
+
+        Raises:
+            AccountingError: none is under way.
+        """
+        if not self._copies:
+            raise AccountingError(f"copy {transfer} has ended, but none was under way")
+        self._copies -= 1
+        if self._scheduler is not None:
+            self._scheduler.copied(transfer)
+            self._has_changed = True
+        self._reply_fenced()
+        self._go_on_resetting()
 
     def _start_work(self) -> None:
         if not self._ready or self._is_frozen:
@@ -715,8 +752,9 @@ class Member:
         self._reply_fenced()
 
     def _reply_fenced(self) -> None:
-        """Nothing is computed any more: say what there is. Tokens sampled so far go first."""
-        if self._fence is None or self.is_computing:
+        """Nothing is computed or copied any more: say what there is. Tokens sampled so far go
+        first."""
+        if self._fence is None or self.is_computing or self._is_copying:
             return
         self._fence = None
         requests: tuple[FrozenRequest, ...] = ()
@@ -923,9 +961,10 @@ class Member:
             self._actions.append(CancelCompute())
 
     def _go_on_resetting(self) -> None:
-        """When nothing computes and no old transfer writes: give KV up, bring all parts in."""
+        """When nothing computes and no old transfer or copy writes: give KV up, bring all parts
+        in."""
         mover, memory = self._mover, self._memory
-        if not self._is_resetting or self.is_computing or mover.has_quarantine:
+        if not self._is_resetting or self.is_computing or mover.has_quarantine or self._copies:
             return
         if mover.is_bringing:
             return

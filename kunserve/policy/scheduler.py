@@ -16,9 +16,10 @@ One step is an exchange of values:
     outputs = scheduler.update(plan, result, now_ns)
 
 `schedule` takes, in this order: running requests that lack one token (decodes), running requests
-that lack more (prefills), then waiting requests, each by arrival. Computed counts move only in
-`update`, so a cancelled step leaves nothing to undo in them. A request that needs a block when none
-is available preempts the latest arrival, which computes again later (as vLLM).
+that lack more (prefills), then waiting requests, each by arrival, to the budget of a step
+(`kunserve.policy.drafting`). With `BatchOrder.PREFILL_FIRST` decodes come last. Computed counts
+move only in `update`, so a cancelled step leaves nothing to undo in them. A request that needs a
+block when none is available preempts the latest arrival, which computes again later (as vLLM).
 
 When the group's layout changes (design sections 3 and 4), its requests go from one scheduler to
 the next as values:
@@ -43,13 +44,14 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from kunserve.core.actions import CopyKv
 from kunserve.core.errors import (
     AccountingError,
     ConfigError,
     InvalidRequestError,
     RequestTooLargeError,
 )
-from kunserve.core.ids import BlockId, Epoch, RequestId
+from kunserve.core.ids import BlockId, Epoch, HostBlock, RequestId
 from kunserve.core.memory import PageRun, pages_of, runs_of
 from kunserve.core.policy import Batching, BatchOrder
 from kunserve.core.request import FinishReason, Request, TokenOutput
@@ -57,8 +59,15 @@ from kunserve.core.step import BlockMove, Chunk, GroupLoad, SampledToken, StepPl
 from kunserve.core.transition import AdoptedRequest, FrozenRequest, Home
 from kunserve.policy.blocks import BlockPool
 from kunserve.policy.cost_model import CostModel
+from kunserve.policy.drafting import StepBudget
 from kunserve.policy.homes import Compaction, CompactionRefusedError, assign_homes
+from kunserve.policy.microbatch import Work, share_of_decodes
 from kunserve.policy.prefix import block_hashes
+from kunserve.policy.swap import SWAP_AHEAD_TOKENS, SwapSpace
+
+MOST_STEPS_WITHOUT_DECODES = 16
+"""With PREFILL_FIRST: after so many steps in a row that left a decode out, one goes decodes first.
+Prefills also end by themselves when memory is full; requests of one token could go on for ever."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,8 @@ class SchedulerConfig:
     """Who gets a step's budget first."""
     host_blocks: int = 0
     """Blocks of host memory that preempted requests are swapped to. 0: they are recomputed."""
+    host_block_bytes: int = 0
+    """Size of one of them, for counting."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -113,6 +124,8 @@ class SchedulerConfig:
             raise ConfigError(
                 f"max_num_batched_tokens must be at least 1, got {self.max_num_batched_tokens}"
             )
+        if self.host_blocks and self.num_stages > 1:
+            raise ConfigError("a group of several stages does not swap; leave host_blocks at 0")
         if not 0.0 <= self.watermark_fraction < 1.0:
             raise ConfigError(
                 f"watermark_fraction must be in [0, 1), got {self.watermark_fraction}"
@@ -127,10 +140,12 @@ class _RequestState:
         "computed_tokens",
         "hashes",
         "home",
+        "host_blocks",
         "is_aborted",
         "is_moving",
         "is_new",
         "is_running",
+        "is_swapping",
         "is_unannounced",
         "limit_tokens",
         "num_outside",
@@ -162,6 +177,8 @@ class _RequestState:
         self.home = 0
         self.num_outside = 0  # blocks of the table that do not lie in its home
         self.is_moving = False  # some of its blocks, by a plan that is being executed
+        self.host_blocks: tuple[HostBlock, ...] = ()  # that hold its computed tokens, or will
+        self.is_swapping = False  # a copy to or from host memory is under way
 
     @property
     def is_in_flight(self) -> bool:
@@ -176,7 +193,7 @@ class _RequestState:
     @property
     def is_idle(self) -> bool:
         """It may be planned, moved or preempted."""
-        return not self.is_in_flight and not self.is_stalled
+        return not self.is_in_flight and not self.is_stalled and not self.is_swapping
 
     @property
     def missing_tokens(self) -> int:
@@ -213,6 +230,7 @@ class _Flight:
     states: tuple[_RequestState, ...]
     started: tuple[_RequestState, ...]
     relocations: tuple[_Relocation, ...]
+    cost_ns: float
 
     @property
     def all_states(self) -> list[_RequestState]:
@@ -222,57 +240,33 @@ class _Flight:
 
 
 class _Draft:
-    """A plan being formed: tokens per request, and what is left of the step's budget.
+    """A plan being formed: tokens per request, copies of blocks, and what is left of the budget."""
 
-    The budget is either a number of tokens or, by the cost model, a time. In a time budget that is
-    used up by decodes, the first prefill still gets one block, so that it gets on. Once the budget
-    cuts a chunk the draft is closed, so that no later arrival overtakes.
-    """
-
-    def __init__(self, config: SchedulerConfig, cost_model: CostModel) -> None:
+    def __init__(self, budget: StepBudget) -> None:
+        self.budget = budget
         self.work: dict[_RequestState, int] = {}
         self.relocations: list[_Relocation] = []
-        self.is_closed = False
         self.has_preempted = False
-        self._cost_model = cost_model
-        self._least_tokens = config.block_size
-        self._left_tokens = config.max_num_batched_tokens
-        # A step takes fixed_ns however small its chunks: below twice that, a shorter step would
-        # mostly read weights again and prefill would starve.
-        target_ns = max(config.step_time_target_ns, 2.0 * cost_model.fixed_ns)
-        self._left_ns = target_ns - cost_model.fixed_ns
 
     @property
     def is_empty(self) -> bool:
         return not self.work and not self.relocations
 
-    def add(self, state: _RequestState, tokens: int) -> None:
-        """Compute the next `tokens` tokens of `state` in this step."""
-        self.work[state] = tokens
-        if self._left_tokens is not None:
-            self._left_tokens -= tokens
-        else:
-            samples = tokens == state.missing_tokens
-            self._left_ns -= self._cost_model.chunk_ns(state.computed_tokens, tokens, samples)
+    def add_decode(self, state: _RequestState) -> None:
+        """Compute the one token that `state` lacks."""
+        self.work[state] = 1
+        self.budget.add_decode(state.computed_tokens)
 
     def add_prefill(self, state: _RequestState, tokens: int) -> None:
-        """`add` for what `grant` gave."""
-        self.add(state, tokens)
-        self._least_tokens = 0
-
-    def grant(self, prefix_tokens: int, wanted_tokens: int) -> int:
-        """How many of `wanted_tokens` the budget still allows after a prefix: 0 is none."""
-        if self._left_tokens is not None:
-            granted = max(0, min(wanted_tokens, self._left_tokens))
-        else:
-            granted = self._cost_model.largest_chunk(self._left_ns, prefix_tokens, wanted_tokens)
-            granted = max(granted, min(self._least_tokens, wanted_tokens))
-        self.is_closed = granted < wanted_tokens
-        return granted
+        """Compute the next `tokens` tokens of `state`, which the budget has granted."""
+        self.work[state] = tokens
+        samples = tokens == state.missing_tokens
+        self.budget.add_prefill(state.computed_tokens, tokens, samples)
 
 
 class Scheduler:
-    """Continuous batching with chunked prefill, prefix cache and preemption by recompute.
+    """Continuous batching with chunked prefill, prefix cache and preemption by recompute, or with
+    host memory by swapping (see `kunserve.policy.swap`).
 
     Args:
         config: limits of the group.
@@ -300,8 +294,10 @@ class Scheduler:
         self._adopted_ns = 0
         self._stalled: list[tuple[RequestId, int]] = []
         self._compaction: Compaction | None = None
+        self._swap = SwapSpace(config.host_blocks)
         self._to_release: dict[RequestId, None] = {}  # what the executor has not been told yet
         self._newly_started: list[RequestId] = []
+        self._steps_without_decodes = 0  # in a row, that left one out for prefills
         self._queued_blocks = 0
         self._leases_seen = 0
         self._prompt_tokens = 0
@@ -371,15 +367,16 @@ class Scheduler:
         """Forget a request in any state; an unknown id is one that has ended already.
 
         If a step is computing it, it keeps its blocks until that step is done, and its token is
-        dropped then.
+        dropped then; likewise while it is copied to or from host memory.
         """
         state = self._requests.get(request_id)
         if state is None:
             return
-        if state.is_in_flight:
+        if state.is_in_flight or state.is_swapping:
             state.is_aborted = True
             return
         del self._requests[request_id]
+        self._give_up_host_blocks(state)
         if state.is_running:
             self._leave(state)
         else:
@@ -403,6 +400,7 @@ class Scheduler:
         that moves is counted once in the cluster. Blocks are those of open pages: stalled requests
         may hold more, and so may those that compaction has not moved yet.
         """
+        swap = self._swap.counts
         return GroupLoad(
             total_blocks=self._pool.open_blocks,
             free_blocks=self._pool.free_blocks,
@@ -416,6 +414,10 @@ class Scheduler:
             preemptions=self._preemptions,
             prefix_queries=self._prefix_queries,
             prefix_hits=self._prefix_hits,
+            swapped_out=swap.swapped_out,
+            swapped_in=swap.swapped_in,
+            swap_bytes=swap.copied_blocks * self._config.host_block_bytes,
+            swap_refused=swap.refused,
         )
 
     # ------------------------------------------------------------ schedule
@@ -425,46 +427,145 @@ class Scheduler:
 
         A plan has chunks, or during a compaction at least moves: ids to release wait for the next
         one, the executor only holds their small sampling state. With work left, None is only given
-        while a plan is in flight, pages are pending or closed, or the scheduler is frozen. `now_ns`
-        is the seam for policies that look at deadlines; this one goes by arrival alone.
+        while a plan is in flight, pages are pending or closed, KV is copied to or from host memory,
+        or the scheduler is frozen. `now_ns` is the seam for policies that look at deadlines; this
+        one goes by arrival alone.
         """
         if self._is_frozen or len(self._flights) >= self._config.num_stages:
             return None
-        draft = _Draft(self._config, self._cost_model)
-        self._plan_decodes(draft)
-        self._plan_prefills(draft)
-        self._plan_moves(draft)
+        draft = self._new_draft()
+        self._swap_ahead(draft)
+        if self._prefills_go_first():
+            self._draft_prefills_first(draft)
+        else:
+            self._draft_decodes_first(draft)
         if draft.has_preempted and draft.is_empty and not self._flights:
             # Whoever needed room was preempted itself. No result will come and ask for a plan.
-            draft = _Draft(self._config, self._cost_model)
-        if not draft.has_preempted:
+            draft = self._new_draft()
             self._admit(draft)
+        self._count_waiting_decodes(draft)
         return None if draft.is_empty else self._issue(draft)
 
-    def _plan_decodes(self, draft: _Draft) -> None:
-        """One token for every decode, at most one microbatch's share of them.
+    def _new_draft(self) -> _Draft:
+        config = self._config
+        return _Draft(
+            StepBudget(
+                self._cost_model,
+                config.step_time_target_ns,
+                config.max_num_batched_tokens,
+                config.block_size,
+            )
+        )
+
+    def _draft_decodes_first(self, draft: _Draft) -> None:
+        for state in self._decode_share():
+            self._plan_decode(state, draft)
+        self._look_ahead(draft)
+        self._plan_prefills(draft)
+        self._plan_moves(draft)
+        if not draft.has_preempted:
+            self._admit(draft)
+
+    def _prefills_go_first(self) -> bool:
+        is_due = self._steps_without_decodes >= MOST_STEPS_WITHOUT_DECODES
+        return self._config.batch_order is BatchOrder.PREFILL_FIRST and not is_due
+
+    def _draft_prefills_first(self, draft: _Draft) -> None:
+        """Decodes get what prefills and admissions leave of the budget, the earliest first, and all
+        of a step without prefills."""
+        self._look_ahead(draft)
+        self._plan_prefills(draft)
+        if not draft.has_preempted:
+            self._admit(draft)
+        has_prefills = bool(draft.work)
+        for state in self._decode_share():
+            if has_prefills and not draft.budget.has_room_for_decode(state.computed_tokens):
+                break
+            self._plan_decode(state, draft)
+        self._plan_moves(draft)
+
+    def _count_waiting_decodes(self, draft: _Draft) -> None:
+        is_left_out = any(
+            state.missing_tokens == 1 and state.is_idle and state not in draft.work
+            for state in self._running
+        )
+        self._steps_without_decodes = self._steps_without_decodes + 1 if is_left_out else 0
+
+    def _decode_share(self) -> list[_RequestState]:
+        """Decodes of one microbatch, by arrival, at most its share of all.
 
         Adopted requests may be more than the budget allows to be admitted: then as many as it has
         tokens.
         """
         decodes = [s for s in self._running if s.missing_tokens == 1 and not s.is_stalled]
         share = math.ceil(len(decodes) / self._config.num_stages)
+        idle = [state for state in decodes if state.is_idle]
+        if self._looks_ahead and self._waiting:
+            share = share_of_decodes(
+                [self._decode_ns(state) for state in idle],
+                sum(map(self._decode_ns, decodes)),
+                self._config.num_stages,
+            )
         if self._config.max_num_batched_tokens is not None:
             share = min(share, self._config.max_num_batched_tokens)
-        idle = [state for state in decodes if state.is_idle]
-        for state in idle[:share]:
-            if state.is_running and self._grow(state, 1, draft):
-                draft.add(state, 1)
+        return idle[:share]
+
+    def _decode_ns(self, state: _RequestState) -> float:
+        context_tokens = len(state.tokens) - 1
+        return self._cost_model.chunk_ns(context_tokens, 1, samples=True)
+
+    @property
+    def _looks_ahead(self) -> bool:
+        return self._config.batching is Batching.LOOKAHEAD and self._config.num_stages > 1
+
+    def _look_ahead(self, draft: _Draft) -> None:
+        """With a queue, the microbatch gets an equal share of it. One prompt alone is no queue: it
+        can be in one microbatch only, whatever it gets there."""
+        if not self._looks_ahead:
+            return
+        works = self._queued_works()
+        if len(works) > 1:
+            in_flight_ns = [flight.cost_ns for flight in self._flights.values()]
+            draft.budget.look_ahead(works, self._config.num_stages, in_flight_ns)
+
+    def _queued_works(self) -> list[Work]:
+        """Prompt tokens that can be computed before any request ends: first those that may go into
+        the next step, in their order, then what steps in flight leave over."""
+        prefills = [s for s in self._running if s.missing_tokens > 1 and not s.is_stalled]
+        idle = [Work(s.computed_tokens, s.missing_tokens) for s in prefills if not s.is_in_flight]
+        later = [
+            Work(s.computed_tokens + s.planned_tokens, s.missing_tokens - s.planned_tokens)
+            for s in prefills
+            if s.is_in_flight and s.missing_tokens > s.planned_tokens
+        ]
+        growth = sum(self._blocks_for(len(s.tokens)) - len(s.block_table) for s in prefills)
+        return [*idle, *self._admissible_works(self._pool.available_blocks - growth), *later]
+
+    def _admissible_works(self, num_blocks: int) -> list[Work]:
+        """Waiting requests that fit into so many blocks, the last one perhaps in part."""
+        works = []
+        for state in self._waiting[: max(0, self._most_running - len(self._running))]:
+            tokens = min(len(state.tokens), num_blocks * self._config.block_size)
+            if tokens <= 0:
+                break
+            works.append(Work(0, tokens))
+            num_blocks -= self._blocks_for(tokens)
+        return works
+
+    def _plan_decode(self, state: _RequestState, draft: _Draft) -> None:
+        """Its one token, unless it was preempted for an earlier one or must wait for a block."""
+        if state.is_running and self._grow(state, 1, draft):
+            draft.add_decode(state)
 
     def _plan_prefills(self, draft: _Draft) -> None:
         """What the budget allows to requests that lack more than a token, by arrival."""
         prefills = [s for s in self._running if s.missing_tokens > 1 and s.is_idle]
         for state in prefills:
-            if draft.is_closed:
+            if draft.budget.is_closed:
                 return
             if not state.is_running:  # preempted for an earlier one
                 continue
-            granted = draft.grant(state.computed_tokens, state.missing_tokens)
+            granted = draft.budget.grant(state.computed_tokens, state.missing_tokens)
             tokens = self._grow(state, granted, draft)
             if tokens:
                 draft.add_prefill(state, tokens)
@@ -488,6 +589,8 @@ class Scheduler:
         """Preempt the latest arrivals of its home until a block is available there; False if
         `state` must wait."""
         while not self._pool.available_in(state.home):
+            if self._swap.is_sending_out:  # blocks will be free in a moment
+                return False
             victim = self._latest_idle(state.home)
             if victim is state and self._will_have_room(state):
                 return False
@@ -513,32 +616,49 @@ class Scheduler:
         )
 
     def _preempt(self, state: _RequestState, draft: _Draft) -> None:
-        """Back to the queue, ahead of all later arrivals, to be computed again."""
+        """Back to the queue, ahead of all later arrivals, to be computed again; or on its way to
+        host memory."""
         draft.work.pop(state, None)
         draft.has_preempted = True
         self._preemptions += 1
+        if self._swap_out(state):
+            return
         self._leave(state)
         self._enqueue(state)
 
     def _admit(self, draft: _Draft) -> None:
         """Waiting requests by arrival, as long as limits, budget and memory allow the first.
 
-        All others in the draft have their tokens by then, so one is admitted only when the budget
-        has a token more than there are decodes: these can never outgrow it.
+        Decodes can never outgrow a budget of tokens. All others in the draft have theirs by then,
+        so one is admitted only when there is a token more than there are decodes; where prefills go
+        first, `_most_running` sees to it.
         """
-        while self._waiting and len(self._running) < self._config.max_num_seqs:
-            if draft.is_closed:
-                return
+        while self._waiting and len(self._running) < self._most_running:
             state = self._waiting[0]
+            if self._swap.is_sending_out:  # room is being made for earlier arrivals
+                return
+            if state.host_blocks:
+                if not self._swap_in(state):
+                    return
+                continue
+            if draft.budget.is_closed:
+                return
             home = self._roomiest_home()
             cached = self._cached_prefix(state, home)
             prefix_tokens = len(cached) * self._config.block_size
-            tokens = draft.grant(prefix_tokens, len(state.tokens) - prefix_tokens)
+            tokens = draft.budget.grant(prefix_tokens, len(state.tokens) - prefix_tokens)
             if not tokens or not self._may_start(cached, prefix_tokens + tokens, home):
                 return
             self._start(state, cached, home)
             self._extend(state, self._blocks_for(prefix_tokens + tokens) - len(cached))
             draft.add_prefill(state, tokens)
+
+    @property
+    def _most_running(self) -> int:
+        config = self._config
+        if config.batch_order is BatchOrder.DECODE_FIRST or config.max_num_batched_tokens is None:
+            return config.max_num_seqs
+        return min(config.max_num_seqs, config.max_num_batched_tokens * config.num_stages)
 
     def _cached_prefix(self, state: _RequestState, home: int) -> tuple[BlockId, ...]:
         """Blocks that need no computing. The last token always does: its row is sampled."""
@@ -615,9 +735,104 @@ class Scheduler:
         for relocation in draft.relocations:
             relocation.state.is_moving = True
         self._to_release.clear()
-        self._flights[plan.step] = _Flight(plan, states, started, tuple(draft.relocations))
+        self._flights[plan.step] = _Flight(
+            plan, states, started, tuple(draft.relocations), draft.budget.total_ns
+        )
         self._next_step += 1
         return plan
+
+    # ------------------------------------------------------------ host memory
+
+    def _swap_ahead(self, draft: _Draft) -> None:
+        """Preempt while blocks are left: see `kunserve.policy.swap`."""
+        while self._swap.is_used:
+            idle = [state for state in self._running if state.is_idle]
+            lacking = sum(self._lacks_ahead(state) for state in idle)
+            coming = self._pool.available_in(0) + self._swap.freed_blocks
+            if lacking <= coming or len(idle) < 2 or not self._may_swap(idle[-1]):
+                return
+            self._preempt(idle[-1], draft)
+
+    def _lacks_ahead(self, state: _RequestState) -> int:
+        """Blocks that it needs beside those that it has for its next `SWAP_AHEAD_TOKENS`."""
+        tokens = min(state.computed_tokens + SWAP_AHEAD_TOKENS, state.limit_tokens - 1)
+        return max(0, self._blocks_for(tokens) - len(state.block_table))
+
+    def _may_swap(self, state: _RequestState) -> bool:
+        return 0 < self._blocks_for(state.computed_tokens) <= self._swap.free_blocks
+
+    def _swap_out(self, state: _RequestState) -> bool:
+        """Begin to copy a victim's computed tokens to host memory; False if they are to be computed
+        again. It keeps the blocks until they are copied (`copied`)."""
+        if not self._may_swap(state):
+            if self._swap.is_used and state.computed_tokens:
+                self._swap.refuse()
+            return False
+        covered = self._blocks_for(state.computed_tokens)
+        self._release(state.block_table[covered:])
+        state.block_table = state.block_table[:covered]
+        freed = self._pool.count_exclusive(state.block_table)
+        state.host_blocks = self._swap.send_out(state.request.id, state.block_table, freed)
+        state.is_swapping = True
+        return True
+
+    def _swap_in(self, state: _RequestState) -> bool:
+        """Begin to copy a request back, with a block for its next token; False if there is no room
+        yet. Full blocks that the prefix cache has are shared, but for the last: a copy brings the
+        request on its way."""
+        computed = state.computed_tokens
+        covered = self._blocks_for(computed)
+        cached = self._cached_prefix(state, 0)[: covered - 1]
+        needed = self._blocks_for(computed + 1) - len(cached)
+        taken = needed + self._pool.count_unreferenced(cached)
+        if self._pool.available_in(0) < taken + len(self._running):
+            return False
+        self._start(state, cached, 0)
+        self._extend(state, needed)
+        state.computed_tokens = computed
+        state.is_swapping = True
+        self._swap.bring_in(
+            state.request.id,
+            state.block_table[len(cached) : covered],
+            state.host_blocks[len(cached) :],
+        )
+        return True
+
+    @property
+    def is_copying(self) -> bool:
+        """True while KV is copied to or from host memory: no page may change its owner."""
+        return self._swap.is_copying
+
+    def take_copies(self) -> list[CopyKv]:
+        """Copies that have to be made, in this order, beside the steps. Each is answered by
+        `copied`, also when the scheduler is frozen."""
+        return self._swap.take_orders()
+
+    def copied(self, transfer: int) -> None:
+        """A copy has ended: its request waits in the queue with its host blocks, or runs.
+
+        Raises:
+            AccountingError: no such copy is under way.
+        """
+        copy = self._swap.finish(transfer)
+        state = self._requests[copy.request_id]
+        state.is_swapping = False
+        if state.is_aborted:
+            del self._requests[copy.request_id]
+            self._leave(state)
+            self._give_up_host_blocks(state)
+        elif copy.to_host:
+            computed = state.computed_tokens
+            self._leave(state)
+            state.computed_tokens = computed
+            self._enqueue(state)
+        else:
+            self._give_up_host_blocks(state)
+            self._publish(state)
+
+    def _give_up_host_blocks(self, state: _RequestState) -> None:
+        self._swap.release(state.host_blocks)
+        state.host_blocks = ()
 
     # ------------------------------------------------------------ moves
 
@@ -885,7 +1100,9 @@ class Scheduler:
         """Plan nothing any more, and say what there is, by arrival.
 
         Every plan in flight counts as cancelled; `update` must not be called for it. Blocks that
-        hold no computed token are given up. Requests may still come and be aborted.
+        hold no computed token are given up. Requests may still come and be aborted. Those in host
+        memory, or on their way there or back, count as waiting ones with nothing computed: another
+        scheduler has no use of host blocks.
 
         Raises:
             AccountingError: it is frozen already.
@@ -945,12 +1162,13 @@ class Scheduler:
             if state.is_aborted:
                 continue
             moved = sources.get(state, {})
-            table = state.block_table[: self._blocks_for(state.computed_tokens)]
+            computed_tokens = 0 if state.host_blocks else state.computed_tokens
+            table = state.block_table[: self._blocks_for(computed_tokens)]
             has_home = self._compaction is not None and state.is_running
             frozen.append(
                 FrozenRequest(
                     request_id=state.request.id,
-                    computed_tokens=state.computed_tokens,
+                    computed_tokens=computed_tokens,
                     block_table=tuple(moved.get(i, block) for i, block in enumerate(table)),
                     home=state.home if has_home else None,
                 )
@@ -1062,7 +1280,7 @@ class Scheduler:
             AccountingError: one of them is in flight.
         """
         running = [self._requests[r] for r in request_ids if r in self._requests]
-        if any(state.is_in_flight for state in running):
+        if any(state.is_in_flight or state.is_swapping for state in running):
             raise AccountingError("a request in flight cannot be computed again")
         for state in running:
             if state.is_running:
@@ -1116,11 +1334,13 @@ class Scheduler:
         Raises:
             CompactionRefusedError: the running requests do not fit, or pages are pending. Nothing
                 has changed then.
-            AccountingError: a compaction is under way, the scheduler is frozen, or homes have a
-                page in common. Nothing has changed then.
+            AccountingError: a compaction is under way, the scheduler is frozen or swaps, or homes
+                have a page in common. Nothing has changed then.
         """
         if self._is_frozen or self._compaction is not None:
             raise AccountingError("a scheduler that is frozen or compacting cannot compact")
+        if self._swap.is_used:
+            raise AccountingError("a group that swaps has one stage, so it is never split")
         if self._pending:
             raise CompactionRefusedError(f"{len(self._pending)} pages are still on their way")
         home_of_page = {p: n for n, home in enumerate(homes) for p in pages_of(home.pages)}
@@ -1196,8 +1416,22 @@ class Scheduler:
             raise AccountingError("a request is in two queues, or in none")
         if any(state.is_running or state.block_table for state in self._waiting):
             raise AccountingError("a waiting request holds blocks")
+        self._check_host_blocks()
         if self._queued_blocks != sum(self._blocks_for(len(s.tokens)) for s in self._waiting):
             raise AccountingError(f"queued_blocks is wrong: {self._queued_blocks}")
+
+    def _check_host_blocks(self) -> None:
+        states = self._requests.values()
+        swapping = [state.request.id for state in states if state.is_swapping]
+        self._swap.check((state.host_blocks for state in states), swapping)
+        for state in states:
+            name, is_held = state.request.id, bool(state.host_blocks)
+            if is_held != (state.is_swapping if state.is_running else state.computed_tokens > 0):
+                raise AccountingError(f"request {name} has host blocks without need, or lacks them")
+            if is_held and len(state.host_blocks) != self._blocks_for(state.computed_tokens):
+                raise AccountingError(f"request {name} has {len(state.host_blocks)} host blocks")
+            if state.is_swapping and state.is_in_flight:
+                raise AccountingError(f"request {name} is in flight while it is copied")
 
     def _check_table(self, state: _RequestState) -> None:
         name, full_blocks = state.request.id, state.computed_tokens // self._config.block_size

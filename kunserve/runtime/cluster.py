@@ -20,6 +20,7 @@ from typing import get_args
 
 import zmq
 
+from kunserve.core.decision import DecisionNote, Shortage
 from kunserve.core.errors import InstanceFailedError, KunserveError
 from kunserve.core.events import (
     AnswerWish,
@@ -39,6 +40,8 @@ from kunserve.core.events import (
     LayoutWished,
     LeaseRequest,
     LogTransition,
+    NoteDecision,
+    PolicySwitched,
     RefusalKind,
     RefuseRequest,
     RequestAborted,
@@ -59,6 +62,7 @@ from kunserve.policy.book import ControllerConfig
 from kunserve.policy.controller import Controller
 from kunserve.policy.scheduler import SchedulerConfig
 from kunserve.runtime.codec import CodecError, LoadProgress, Shutdown, StartFailed
+from kunserve.runtime.decision_log import describe_note
 from kunserve.runtime.settings import InstanceSettings
 from kunserve.runtime.status import ClusterView
 from kunserve.runtime.supervisor import Supervisor
@@ -211,6 +215,10 @@ class Cluster:
     def wish_drain(self, instance: InstanceId, on_answer: OnAnswer) -> None:
         """Take an instance out of service; answered when its drain has begun or is refused."""
         self._post_wish(lambda number: InstanceDrainWished(number, instance), on_answer)
+
+    def switch_policy(self, may_drop: bool, on_answer: OnAnswer) -> None:
+        """Let the policy drop parameters, or forbid it."""
+        self._post_wish(lambda number: PolicySwitched(number, may_drop), on_answer)
 
     def _post_wish(self, event: Callable[[int], Event], on_answer: OnAnswer) -> None:
         with self._wish_lock:
@@ -375,6 +383,8 @@ class Cluster:
             self._answer(command)
         elif isinstance(command, LogTransition):
             self._log_transition(command.record)
+        elif isinstance(command, NoteDecision):
+            self._log_decision(command.note)
 
     def _log_transition(self, record: TransitionRecord) -> None:
         """COMMIT leaves its record at once; the line for people comes when all is over."""
@@ -384,6 +394,11 @@ class Cluster:
         else:
             logger.info("%s", describe(record))
         self._viewer.count(record)
+
+    def _log_decision(self, note: DecisionNote) -> None:
+        level = logging.WARNING if isinstance(note, Shortage) else logging.INFO
+        logger.log(level, "%s", describe_note(note))
+        self._viewer.note(note)
 
     def _answer(self, command: AnswerWish) -> None:
         self._publish()  # whoever is answered finds the layout of the answer

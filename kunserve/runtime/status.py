@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from kunserve.core.decision import Decision
 from kunserve.core.events import StepTiming
 from kunserve.core.ids import InstanceId
 from kunserve.core.layout import Group
@@ -73,6 +74,24 @@ class TransitionTotals:
 
 
 @dataclass(frozen=True)
+class DecisionTotals:
+    """Sums over all decisions of the overload policy since the start.
+
+    `verdicts`: count by (kind, verdict). `saved_ns`: waiting that drops were expected to save, by
+    verdict (act, would act). `predicted_ns` and `realised_ns`: waits of the `watched` requests that
+    were queued at decisions. `instances_wanted`: by the autoscale signal, now.
+    """
+
+    verdicts: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    saved_ns: Mapping[str, float] = field(default_factory=dict)
+    watched: int = 0
+    predicted_ns: float = 0.0
+    realised_ns: int = 0
+    lacking_blocks: int = 0
+    instances_wanted: int = 0
+
+
+@dataclass(frozen=True)
 class ClusterView:
     """The cluster at `at_ns` on the monotonic clock: a controller that stands still shows by its
     view growing old. `cpu_ns` is the time that the controller's thread has computed."""
@@ -89,3 +108,7 @@ class ClusterView:
     last_transition: TransitionRecord | None = None
     cpu_ns: int = 0
     at_ns: int = 0
+    policy: str = ""
+    may_drop: bool = False
+    decisions: DecisionTotals = DecisionTotals()
+    last_decision: Decision | None = None

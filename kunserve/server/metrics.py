@@ -26,6 +26,7 @@ from kunserve.runtime.stats_log import InstanceCounters
 from kunserve.runtime.status import GroupStatus
 from kunserve.server.engine import EngineClient, EngineStatus, InstanceStatus
 from kunserve.server.errors import to_http_error
+from kunserve.server.overload_metrics import overload_families
 
 PREFIX = "kunserve:"
 _LABELS = ("model_name",)
@@ -94,6 +95,7 @@ class EngineCollector(Collector):
         yield from self._capacity(status)
         yield from self._group_gauges(status)
         yield from self._transition_counters(status)
+        yield from overload_families(PREFIX, self._model_name, status)
 
     def _load_gauges(self, instances: tuple[InstanceStatus, ...]) -> Iterable[Metric]:
         gauges: dict[str, tuple[str, Callable[[GroupLoad], float]]] = {
@@ -116,6 +118,19 @@ class EngineCollector(Collector):
         Python around them. Never back to zero while the front lives."""
         counters: dict[str, tuple[str, Callable[[InstanceCounters], float]]] = {
             "num_preemptions": ("Preemptions", lambda done: done.load.preemptions),
+            "num_swapped_out": (
+                "Preempted requests copied to host memory", lambda done: done.load.swapped_out,
+            ),
+            "num_swapped_in": (
+                "Requests copied back from host memory", lambda done: done.load.swapped_in,
+            ),
+            "swap_bytes": (
+                "KV copied to host memory and back", lambda done: done.load.swap_bytes,
+            ),
+            "num_swaps_refused": (
+                "Preempted requests that host memory had no room for",
+                lambda done: done.load.swap_refused,
+            ),
             "prefix_cache_queries": (
                 "Prompt tokens looked up in the prefix cache", lambda d: d.load.prefix_queries,
             ),

@@ -22,6 +22,7 @@ from kunserve.core.actions import (
     Computed,
     Configure,
     Connect,
+    CopyKv,
     LoadPart,
     Pull,
     RunFirst,
@@ -42,6 +43,7 @@ from kunserve.policy.member import Member, MemberConfig, MemberMessage
 from kunserve.policy.memory import MemoryBook
 from kunserve.policy.pages import MAX_SLOTS, MemoryPlan, PageGeometry, SlotMap
 from kunserve.policy.scheduler import SchedulerConfig
+from kunserve.sim.host_kv import SimHostKv
 from kunserve.sim.memory import PhysicalPages, TableMapper
 from kunserve.sim.pump import PullAnswer, Pump
 from kunserve.sim.timeline import FOREVER_NS, MICROSECOND_NS, MILLISECOND_NS, SpanNs, Timeline
@@ -115,10 +117,11 @@ class SimInstanceConfig:
 
 @dataclass(frozen=True)
 class Spans:
-    """How long transfers and reads of parts take."""
+    """How long transfers and reads of parts take, and the copy of one block to host memory."""
 
     pull: SpanNs
     part: SpanNs
+    copy: SpanNs
 
 
 class Network(Protocol):
@@ -189,11 +192,12 @@ class SimInstance:
         self._rng = rng
         self._network = network
         self._spans = spans
-        self._cost_model = CostModel(*(value * cost_factor for value in astuple(config.cost_model)))
+        self._cost_model = config.cost_model.scaled(cost_factor)
         self._build(num_instances)
         self._inbox: list[DownMessage] = []
         self._peer_inbox: list[tuple[PeerMessage, Any]] = []
         self._computed: list[Computed] = []
+        self._copied: list[int] = []
         self._pulled: list[PullAnswer] = []
         self._parts_ready: list[PullAnswer] = []
         self._parts_under_way = 0
@@ -242,6 +246,9 @@ class SimInstance:
             self._pages_of_peer,
             self._take_pulled,
             self._spans.pull,
+        )
+        self._host_kv = SimHostKv(
+            self._mapper, config.num_layers, self._timeline, self._rng, self._spans.copy
         )
 
     # ------------------------------------------------------------ what the world does to it
@@ -302,6 +309,11 @@ class SimInstance:
     def preemptions(self) -> int:
         """Preemptions of its scheduler so far."""
         return self.member.preemptions
+
+    @property
+    def swapped_in(self) -> int:
+        """Requests that its scheduler has brought back from host memory so far."""
+        return self.member.swapped_in
 
     def is_idle(self) -> bool:
         """No message is unread, no request leased, no step under way, no end foreseen."""
@@ -382,6 +394,9 @@ class SimInstance:
         computed, self._computed = self._computed, []
         for answer in computed:
             member.computed(answer, now_ns)
+        copied, self._copied = self._copied, []
+        for transfer in copied:
+            member.copied(transfer, now_ns)
         parts, self._parts_ready = self._parts_ready, []
         for transfer, error in parts:
             member.part_ready(transfer, error)
@@ -423,6 +438,10 @@ class SimInstance:
             self._pump.cancel()
         elif isinstance(action, LoadPart | CheckPart):
             self._work_on_part(action)
+        elif isinstance(action, CopyKv):
+            self._host_kv.begin(
+                action, partial(self._when_running, partial(self._end_copy, action))
+            )
         elif isinstance(action, Connect):
             self._peers = {peer.instance: peer for peer in action.peers}
         else:
@@ -519,6 +538,11 @@ class SimInstance:
             return self._layers_done
         at_ns = min(self._timeline.now_ns, self._stuck_since_ns, flight.end_ns)
         return self._layers_done + max(0, at_ns - flight.begin_ns) // flight.layer_ns
+
+    def _end_copy(self, order: CopyKv) -> None:
+        self._host_kv.end(order)
+        self._copied.append(order.transfer)
+        self._wake()
 
     # ------------------------------------------------------------ transfers
 

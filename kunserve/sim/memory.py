@@ -194,6 +194,24 @@ class TableMapper:
         cells, count = self.pages.cells, self.pages.block_size
         cells[here : here + count] = cells[there : there + count]
 
+    def read_block(self, layer: int, block: BlockId) -> array[int]:
+        """KV of one block.
+
+        Raises:
+            AccountingError: there is a hole.
+        """
+        first = self.first_cell(layer, block)
+        return self.pages.cells[first : first + self.pages.block_size]
+
+    def write_block(self, layer: int, block: BlockId, cells: array[int]) -> None:
+        """Write KV of one block.
+
+        Raises:
+            AccountingError: there is a hole.
+        """
+        first = self.first_cell(layer, block)
+        self.pages.cells[first : first + self.pages.block_size] = cells
+
 
 def _extents(layer: int, shown: Sequence[tuple[int, int]] | enumerate[int]) -> list[KvExtent]:
     extents: list[KvExtent] = []

@@ -42,6 +42,8 @@ class Delays:
     """One pull of pages."""
     part: SpanNs = SpanNs(MILLISECOND_NS, 30 * MILLISECOND_NS)
     """A part is read from the file, or compared."""
+    copy: SpanNs = SpanNs(10 * MICROSECOND_NS, 2 * MILLISECOND_NS)
+    """One KV block goes to host memory, or back."""
 
 
 Wish = LayoutWished | InstanceDrainWished
@@ -72,7 +74,8 @@ class Scenario:
 @dataclass(frozen=True)
 class ScenarioLimits:
     """How large and how hard a drawn scenario may be. `poison_share`: of the requests, those
-    whose rows give no token; `killer_share`: those that end the process that computes them."""
+    whose rows give no token; `killer_share`: those that end the process that computes them.
+    `swaps`: instances have some host memory."""
 
     max_instances: int = 4
     max_requests: int = 24
@@ -82,6 +85,7 @@ class ScenarioLimits:
     killer_share: float = 0.0
     max_wishes: int = 0
     min_instances: int = 1
+    swaps: bool = False
 
 
 TRANSITION_LIMITS = ScenarioLimits(
@@ -110,6 +114,10 @@ def draw_scenario(rng: Random, limits: ScenarioLimits = ScenarioLimits()) -> Sce
     faults = _near_wishes(rng, faults, wishes)
     drains = rng.random() < 0.25
     drain_at_ns = rng.randint(0, 2 * limits.arrivals_ns) if drains else None
+    if limits.swaps:
+        host_blocks = rng.choice((3, instance.total_blocks, 4 * instance.total_blocks))
+        scheduler = replace(instance.scheduler, host_blocks=host_blocks)
+        instance = replace(instance, scheduler=scheduler)
     return Scenario(
         controller=controller,
         instance=instance,

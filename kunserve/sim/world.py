@@ -33,6 +33,7 @@ from kunserve.core.events import (
     KillInstance,
     LeaseRequest,
     LogTransition,
+    NoteDecision,
     RefusalKind,
     RefuseRequest,
     RequestAborted,
@@ -100,6 +101,8 @@ class Outcome:
     """Ends of transitions, by outcome."""
     struck_pulls: int = 0
     """Pulls that a fault of a link has slowed down, held up or ended."""
+    swapped_in: int = 0
+    """Requests that came back from host memory."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,7 @@ class World:
         self._is_draining = False
         self._is_drained = False
         self._preemptions = 0
+        self._swapped_in = 0
         self._struck_pulls = 0
         self._kills = 0
         self._perform_by_type: dict[type, Callable[..., None]] = {
@@ -182,6 +186,7 @@ class World:
             DrainComplete: self._drained,
             AnswerWish: lambda command: None,
             LogTransition: self._log,
+            NoteDecision: lambda command: None,
         }
         self._perform_by_type |= dict.fromkeys(get_args(TransitionOrder), self._send_down)
         self._perform_by_type[Prepare] = self._prepare
@@ -280,6 +285,8 @@ class World:
             return False
         if (self._is_draining and not self._is_drained) or self._controller.is_in_transition:
             return False
+        if not self._controller.is_settled and not self._is_drained:
+            return False
         return all(
             record.state is InstanceState.DEAD
             or self._is_drained_for_good(record)
@@ -343,6 +350,8 @@ class World:
             transitions=dict(Counter(self._laws.outcomes)),
             struck_pulls=self._struck_pulls
             + sum(process.instance.pump.struck for process in self._processes.values()),
+            swapped_in=self._swapped_in
+            + sum(process.instance.swapped_in for process in self._processes.values()),
         )
 
     # ------------------------------------------------------------ the loop of both worlds
@@ -442,7 +451,7 @@ class World:
             timeline=timeline,
             rng=rng,
             network=_Network(self, command.instance, command.incarnation, up),
-            spans=Spans(delays.pull, delays.part),
+            spans=Spans(delays.pull, delays.part, delays.copy),
             num_instances=self._scenario.controller.num_instances,
             cost_factor=factors.get(int(command.instance), 1.0),
             load_ns=delays.load.draw(rng),
@@ -524,6 +533,7 @@ class World:
         del self._processes[instance.instance]
         self._losses[instance.instance] += 1
         self._preemptions += instance.preemptions
+        self._swapped_in += instance.swapped_in
         self._struck_pulls += instance.pump.struck
         self._laws.instance_lost(instance.instance)
         self._handle(InstanceLost(instance.instance, instance.incarnation, reason))

@@ -18,7 +18,7 @@ from kunserve.server.admin import MAX_BODY_BYTES, OnAnswer, create_admin_app
 from tests.support.fake_engine import APART, LOAD, MERGED, FakeCluster
 
 KEY = "sekret-ключ"
-POSTS = ("/admin/layout", "/admin/drop", "/admin/restore", "/admin/drain")
+POSTS = ("/admin/layout", "/admin/drop", "/admin/restore", "/admin/drain", "/admin/policy")
 
 
 @pytest.fixture
@@ -131,6 +131,8 @@ def test_the_layout(cluster: FakeCluster):
             {"id": 1, "pid": None, "state": "waiting for restart", "pages": {}, "costs_ns": []},
         ],
         "dropped_bytes": 0,
+        "last_decision": None,
+        "policy": {"name": "", "drop": False},
         "last_transition": None,
     }  # fmt: skip
 
@@ -159,6 +161,7 @@ def test_the_last_transition(cluster: FakeCluster):
         ("/admin/drop", {}, (WishKind.DROP, ())),
         ("/admin/restore", {}, (WishKind.RESTORE, ())),
         ("/admin/drain", {"instance": 1}, ("drain", 1)),
+        ("/admin/policy", {"drop": False}, ("policy", False)),
     ],
 )  # fmt: skip
 def test_a_granted_wish_shows_the_new_layout(
@@ -226,6 +229,9 @@ def test_an_illegal_wish(cluster: FakeCluster, path: str, body: dict[str, Any], 
         ("/admin/drop", b'{"instances": [0]}', "instances"),
         ("/admin/restore", b'{"x": 1}', "x"),
         ("/admin/drain", b"", "instance"),
+        ("/admin/policy", b"", "drop"),
+        ("/admin/policy", b'{"drop": 0}', "drop"),
+        ("/admin/policy", b'{"drop": "false"}', "drop"),
         ("/admin/drain", b'{"instance": "1"}', "instance"),
         ("/admin/drain", b'{"instance": true}', "instance"),
         ("/admin/drain", b'{"instance": 1.5}', "instance"),
