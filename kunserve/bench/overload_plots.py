@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from kunserve.bench.overload_report import (
     PERCENTS,
@@ -42,8 +43,8 @@ _COLOURS = {
     "observe": "#56B4E9",
 }
 _OTHERS = ("#000000", "#56B4E9", "#999999", "#F0E442")
-_SHADE: dict[str, Any] = {"color": "#0072B2", "alpha": 0.12, "linewidth": 0}
-_BURST: dict[str, Any] = {"color": "#000000", "alpha": 0.07, "linewidth": 0}
+_SHADE: dict[str, Any] = {"color": "#F0E442", "alpha": 0.3, "linewidth": 0, "zorder": 0.4}
+_BURST: dict[str, Any] = {"color": "#000000", "alpha": 0.08, "linewidth": 0, "zorder": 0.5}
 
 Runs = Mapping[str, Sequence[OverloadRun]]
 """Runs by the variant's name, all of one height."""
@@ -88,6 +89,14 @@ def _figure(rows: int = 1, columns: int = 1, height_in: float = 4.0) -> tuple[Fi
 def _shade_bursts(axes: Axes, scenario: Scenario) -> None:
     for index, (begin, end) in enumerate(scenario.bursts_s):
         axes.axvspan(begin, end, label="" if index else "burst", **_BURST)
+
+
+def _log_scale(axes: Axes) -> None:
+    """A logarithmic y axis with plain numbers at 1, 2 and 5."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _legend(axes: Axes) -> None:
@@ -207,7 +216,7 @@ def _ttft_lines(axes: Axes, scenario: Scenario, runs: Runs) -> None:
     for name, each in runs.items():
         times, means = mean_ttft(each)
         axes.plot(times, means, "o-", color=shared[name], markersize=3, label=name)
-    axes.set_yscale("log")
+    _log_scale(axes)
     axes.set(xlabel="time of sending (s)", ylabel="mean TTFT (s)")
     _legend(axes)
 
@@ -233,7 +242,7 @@ def draw_percentiles(figures: Mapping[str, PolicyFigures]) -> Figure:
     for axes, name, scale, unit in ((left, "ttft", 1.0, "s"), (right, "tpot", 1000.0, "ms")):
         _bars(axes, name, figures, scale)
         axes.set(ylabel=f"{name.upper()} ({unit})", title=name.upper())
-    left.set_yscale("log")
+    _log_scale(left)
     figure.legend(
         *left.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False
     )
@@ -291,7 +300,9 @@ def draw_queue_share(runs: Runs) -> Figure:
     axes.set_xticks(range(len(shares)), list(shares))
     axes.set(ylabel="mean TTFT (s)", title="Queue wait as a share of TTFT")
     axes.margins(y=0.12)
-    _legend(axes)
+    figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False
+    )
     return figure
 
 
@@ -375,7 +386,7 @@ def draw_heights(by_height: Sequence[tuple[float, Mapping[str, PolicyFigures]]])
             alpha=0.15,
             linewidth=0,
         )
-    axes.set_yscale("log")
+    _log_scale(axes)
     axes.set(
         xlabel="height of the burst (multiples of the no-drop KV)",
         ylabel="TTFT P99 (s)",

@@ -94,11 +94,13 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 def percentiles(rows: NDArray[np.float64], percent: float) -> NDArray[np.float64]:
     """The percentile of each row, as in `percentile`."""
-    above = math.ceil((rows.shape[1] - 1) * percent / 100)
-    is_infinite = np.isinf(np.partition(rows, above, axis=1)[:, above])
+    position = (rows.shape[1] - 1) * percent / 100
+    ordered = np.sort(rows, axis=1)
+    below, above = ordered[:, math.floor(position)], ordered[:, math.ceil(position)]
     found = np.full(len(rows), np.inf)
-    # Of an infinite neighbour numpy would make NaN; elsewhere infinite values do no harm.
-    found[~is_infinite] = np.percentile(rows[~is_infinite], percent, axis=1, method="linear")
+    is_finite = np.isfinite(above)  # towards an infinite one, `gap` would give NaN
+    gap = above[is_finite] - below[is_finite]
+    found[is_finite] = below[is_finite] + gap * (position % 1)
     return found
 
 

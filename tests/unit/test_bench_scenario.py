@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 
@@ -33,6 +34,7 @@ STEPWISE = CostModel(0.0, 0.0, 0.0, 100.0 * MS)
 """Every step takes a tenth of a second, whatever is in it."""
 
 
+@functools.cache
 def rule(options: ScenarioOptions = OPTIONS, figures: ClusterFigures = FIGURES) -> Scenario:
     return resolve(options, LENGTHS, figures)
 
@@ -158,7 +160,7 @@ def test_one_seed_gives_one_workload():
 
 
 def test_the_same_rule_gives_the_same_scenario():
-    assert rule() == rule()
+    assert resolve(OPTIONS, LENGTHS, FIGURES) == rule()
 
 
 def test_arrivals_follow_the_rates():
@@ -201,10 +203,11 @@ def test_two_bursts():
 def test_recorded_lengths():
     table = LengthTable((RequestShape(10, 20), RequestShape(30, 60)), 0)
     scenario = resolve(OPTIONS, table, FIGURES)
+    arrivals = scenario.arrivals(table, 0)
     shapes = {
         (request.prompt_tokens, request.output_tokens)
-        for index, request in enumerate(scenario.arrivals(table, 0).workload.requests)
-        if index not in scenario.arrivals(table, 0).ramp
+        for index, request in enumerate(arrivals.workload.requests)
+        if index not in arrivals.ramp
     }
     assert shapes == {(10, 20), (30, 60)}
     assert describe_lengths(table) == "2 recorded lengths, mean 20 in / 40 out"
