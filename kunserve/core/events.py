@@ -13,6 +13,7 @@ from enum import Enum
 
 from kunserve.core.ids import Epoch, GroupId, InstanceId, RequestId
 from kunserve.core.memory import PartRuns
+from kunserve.core.migration import MigrationOrder, MigrationRecord, MigrationReport
 from kunserve.core.request import Request, TokenOutput
 from kunserve.core.step import GroupLoad
 from kunserve.core.transition import (
@@ -160,6 +161,7 @@ Event = (
     | LayoutWished
     | InstanceDrainWished
     | TransitionReport
+    | MigrationReport
 )
 
 # ---------------------------------------------------------------- commands
@@ -259,6 +261,21 @@ class LogTransition:
     record: TransitionRecord
 
 
+@dataclass(frozen=True)
+class LogMigration:
+    """A record for the log, when a migration is over."""
+
+    record: MigrationRecord
+
+
+@dataclass(frozen=True)
+class LogRedispatch:
+    """Requests that waited at `instance` are dispatched again."""
+
+    instance: InstanceId
+    request_ids: tuple[RequestId, ...]
+
+
 Command = (
     FormGroup
     | LeaseRequest
@@ -270,5 +287,8 @@ Command = (
     | DrainComplete
     | AnswerWish
     | LogTransition
+    | LogMigration
+    | LogRedispatch
     | TransitionOrder
+    | MigrationOrder
 )

@@ -42,6 +42,8 @@ from kunserve.core.events import (
 )
 from kunserve.core.ids import InstanceId, RequestId
 from kunserve.core.layout import Layout, whole_instance
+from kunserve.core.migration import MigrationReport
+from kunserve.core.policy import PolicyName
 from kunserve.core.request import Request, TokenOutput
 from kunserve.core.transition import PeerAddress, Peers, TransitionReport
 from kunserve.policy.book import (
@@ -55,6 +57,7 @@ from kunserve.policy.book import (
 )
 from kunserve.policy.coordinator import Coordinator
 from kunserve.policy.dispatcher import PrefixIndex, choose_group
+from kunserve.policy.migrate import MigrateGovernor
 from kunserve.policy.prefix import block_hashes
 from kunserve.policy.transition import State
 
@@ -66,6 +69,11 @@ class Controller:
         self._config = config
         self._book = Book(config, now_ns)
         self._coordinator = Coordinator(self._book, self._dispatch_parked)
+        self._migrator: MigrateGovernor | None = None
+        if config.policy is PolicyName.MIGRATE:
+            self._migrator = MigrateGovernor(
+                self._book, lambda: self._coordinator.is_busy, self._dispatch
+            )
         self._instances = self._book.instances
         self._groups = self._book.groups
         self._requests = self._book.requests
@@ -87,6 +95,7 @@ class Controller:
             InstanceDrainWished: self._on_drain_wish,
         }
         self._handlers |= dict.fromkeys(get_args(TransitionReport), self._on_transition_report)
+        self._handlers |= dict.fromkeys(get_args(MigrationReport), self._on_migration_report)
 
     # ------------------------------------------------------------ what others may read
 
@@ -147,6 +156,8 @@ class Controller:
         commands = list(self._handlers[type(event)](event, now_ns))
         if self._trial_ended:
             commands.extend(self._next_trial())
+        if self._migrator is not None:
+            commands.extend(self._migrator.settle(now_ns))
         for instance in self._instances.values():
             if instance.is_draining and instance.state is InstanceState.READY:
                 commands.extend(self._settle_drain(instance))
@@ -275,6 +286,8 @@ class Controller:
             if request_id in group.requests:
                 self._forget(request_id)
                 yield RefuseRequest(request_id, kind, message)
+        if self._migrator is not None:
+            yield from self._migrator.reported(group, now_ns)
 
     def _mark_started(self, request_id: RequestId, group: GroupRecord) -> None:
         if request_id in group.requests and not self._requests[request_id].started:
@@ -471,6 +484,8 @@ class Controller:
                 yield StartInstance(instance.id, instance.incarnation)
         yield from self._coordinator.tick(now_ns)
         yield from self._free_draining(now_ns)
+        if self._migrator is not None:
+            yield from self._migrator.tick(now_ns)
 
     # ------------------------------------------------------------ layouts
 
@@ -483,6 +498,12 @@ class Controller:
             return
         instance.last_heard_ns = now_ns
         yield from self._coordinator.take(event, now_ns)
+
+    def _on_migration_report(self, event: MigrationReport, now_ns: int) -> Iterator[Command]:
+        """No sign of life: it says nothing of steps, and comes as often as orders go out."""
+        is_current = event.incarnation == self._instances[event.instance].incarnation
+        if is_current and self._migrator is not None:
+            yield from self._migrator.take(event, now_ns)
 
     def _on_drain_wish(self, event: InstanceDrainWished, now_ns: int) -> Iterator[Command]:
         """An instance of a larger group becomes whole first; then it gets nothing new."""

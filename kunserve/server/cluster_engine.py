@@ -107,6 +107,7 @@ class ClusterEngine:
             block_size=view.block_size,
             dropped_bytes=view.dropped_bytes,
             totals=view.totals,
+            migrations=view.migrations,
         )
 
     def _is_healthy(self, view: ClusterView) -> bool:

@@ -7,6 +7,7 @@ from random import Random
 
 from kunserve.core.events import InstanceDrainWished, LayoutWished, WishKind
 from kunserve.core.ids import InstanceId, RequestId
+from kunserve.core.policy import PolicyName
 from kunserve.core.request import Request, SamplingParams
 from kunserve.policy.book import ControllerConfig
 from kunserve.policy.cost_model import CostModel
@@ -82,12 +83,23 @@ class ScenarioLimits:
     killer_share: float = 0.0
     max_wishes: int = 0
     min_instances: int = 1
+    policy: PolicyName = PolicyName.RECOMPUTE
+
+    @property
+    def has_links(self) -> bool:
+        """Instances pull from each other."""
+        return self.max_wishes > 0 or self.policy is PolicyName.MIGRATE
 
 
 TRANSITION_LIMITS = ScenarioLimits(
     max_instances=8, min_instances=2, max_wishes=5, max_faults=6, max_requests=40
 )
 """Small clusters whose layout changes often, with faults."""
+
+MIGRATION_LIMITS = ScenarioLimits(
+    max_instances=4, min_instances=2, max_faults=4, max_requests=40, policy=PolicyName.MIGRATE
+)
+"""Small clusters whose requests move, with faults."""
 
 
 def draw_scenario(rng: Random, limits: ScenarioLimits = ScenarioLimits()) -> Scenario:
@@ -105,7 +117,7 @@ def draw_scenario(rng: Random, limits: ScenarioLimits = ScenarioLimits()) -> Sce
         num_instances=controller.num_instances,
         horizon_ns=limits.arrivals_ns + 4 * SECOND_NS,
         heartbeat_timeout_ns=controller.heartbeat_timeout_ns,
-        links=limits.max_wishes > 0,
+        links=limits.has_links,
     )
     faults = _near_wishes(rng, faults, wishes)
     drains = rng.random() < 0.25
@@ -247,6 +259,7 @@ def _draw_controller(
         answer_timeout_ns=rng.randint(2, 5) * SECOND_NS,
         long_timeout_ns=rng.randint(3, 20) * SECOND_NS,
         move_timeout_ns=rng.choice((1, 2, 2)) * SECOND_NS,
+        policy=limits.policy,
     )
 
 
@@ -277,7 +290,7 @@ def _draw_arrivals(
             id=RequestId(f"r{number}"),
             prompt_token_ids=prompt,
             params=_draw_params(
-                rng, instance.scheduler.max_model_len, most_tokens=40 if wishes else 24
+                rng, instance.scheduler.max_model_len, most_tokens=40 if limits.has_links else 24
             ),
             arrival_ns=arrival_ns,
         )
