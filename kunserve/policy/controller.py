@@ -58,6 +58,7 @@ from kunserve.policy.book import (
 from kunserve.policy.coordinator import Coordinator
 from kunserve.policy.dispatcher import PrefixIndex, choose_group
 from kunserve.policy.migrate import MigrateGovernor
+from kunserve.policy.migration import Migration
 from kunserve.policy.prefix import block_hashes
 from kunserve.policy.transition import State
 
@@ -80,7 +81,7 @@ class Controller:
         self._draining = False
         self._next_drain_split_ns = 0
         self._num_waiting = 0
-        self._on_trial: RequestId | None = None  # see `_blamed`
+        self._on_trial: RequestId | None = None  # see `_blame`
         self._trial_ended = False
         self._handlers: dict[type, Callable[[Any, int], Iterator[Command]]] = {
             InstanceReady: self._on_ready,
@@ -148,6 +149,11 @@ class Controller:
     def is_in_transition(self) -> bool:
         """True while the layout changes, or a wish waits for its turn."""
         return self._coordinator.is_busy
+
+    @property
+    def migrations(self) -> tuple[Migration, ...]:
+        """Migrations of requests under way."""
+        return self._migrator.migrations if self._migrator is not None else ()
 
     # ------------------------------------------------------------ the one entry
 
@@ -376,8 +382,7 @@ class Controller:
             instance.restarts_in_row = 0
         self._plan_restart(instance, now_ns)
         survivors, orphans = self._break_groups(instance.id)
-        for request_id in self._blamed(orphans):
-            self._requests[request_id].losses += 1
+        self._blame(orphans)
         yield from self._introduce()
         for survivor in survivors:
             yield from self._coordinator.reset(self._instances[survivor], now_ns)
@@ -435,16 +440,21 @@ class Controller:
 
     # ------------------------------------------------------------ who ends instances
 
-    def _blamed(self, orphans: list[RequestId]) -> list[RequestId]:
-        """Which requests of a lost group count a loss: all of them, or the one on trial alone.
+    def _blame(self, orphans: list[RequestId]) -> None:
+        """All requests of a lost group count a loss.
 
         An instance says which requests start before it computes them, but a crash can outrun the
         message, so any request leased to the group may be what ended it. A token clears its
         request. One more loss and it would be given up: then it is a suspect. Suspects are leased
         one at a time (a trial, until the next token), so that of many that were lost together
-        only the one that ends instances is given up, and the rest get on.
+        only the one that ends instances is given up, and the rest get on. Beside one on trial,
+        others become suspects at most: so none can hide behind the trials of others.
         """
-        return [self._on_trial] if self._on_trial in orphans else orphans
+        most = self._config.max_losses
+        for request_id in orphans:
+            record = self._requests[request_id]
+            is_beside_trial = self._on_trial in orphans and request_id != self._on_trial
+            record.losses = min(record.losses + 1, most - 1 if is_beside_trial else most)
 
     def _is_suspect(self, record: RequestRecord) -> bool:
         return 0 < record.losses >= self._config.max_losses - 1

@@ -205,7 +205,7 @@ class MigrateGovernor:
         )
 
     def _movable(self, group: GroupId, now_ns: int) -> Iterator[RunningRequest]:
-        """Requests that have begun to give tokens. Suspects stay: see `Controller._blamed`."""
+        """Requests that have begun to give tokens. Suspects stay: see `Controller._blame`."""
         for request_id in self._book.groups[group].requests:
             record = self._book.requests[request_id]
             is_resting = self._rests.get(request_id, 0) > now_ns

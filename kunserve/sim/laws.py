@@ -86,8 +86,8 @@ GroupName = tuple[GroupId, Epoch]
 class Stream:
     """One request as its client sees it.
 
-    `losses`: of instances in a row, without a token since. All requests of a lost group count one,
-    or the one on trial among them alone.
+    `losses`: of instances in a row, without a token since. All requests of a lost group count one;
+    beside one on trial, never the last one.
     """
 
     request: Request
@@ -207,8 +207,10 @@ class Laws:
         """All groups that broke by one loss are known."""
         orphans, self._orphans = self._orphans, []
         trial = self._on_trial
-        for stream in [trial] if trial is not None and trial in orphans else orphans:
-            stream.losses += 1
+        for stream in orphans:
+            is_beside_trial = trial in orphans and stream is not trial
+            most = self._max_losses - 1 if is_beside_trial else self._max_losses
+            stream.losses = min(stream.losses + 1, most)
 
     def _end_trial(self, stream: Stream) -> None:
         if self._on_trial is stream:
@@ -221,16 +223,12 @@ class Laws:
     def instance_killed_by(self, request_id: RequestId) -> None:
         """A process ended because it computed this request.
 
-        While another request is on trial, the loss is put down to that one, which ends with it: so
-        each other killer may hide one death of this one.
-
         Raises:
             LawBrokenError: it was let loose on too many.
         """
         stream = self._streams[request_id]
         stream.deaths += 1
-        killers = sum(KILLER_TOKEN_ID in s.request.prompt_token_ids for s in self._streams.values())
-        most = self._max_losses + max(0, killers - 1)
+        most = self._max_losses
         _law(stream.deaths <= most, f"{request_id} ended {stream.deaths} instances")
 
     # ------------------------------------------------------------ what came out

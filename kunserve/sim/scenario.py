@@ -73,7 +73,8 @@ class Scenario:
 @dataclass(frozen=True)
 class ScenarioLimits:
     """How large and how hard a drawn scenario may be. `poison_share`: of the requests, those
-    whose rows give no token; `killer_share`: those that end the process that computes them."""
+    whose rows give no token; `killer_share`: those that end the process that computes them.
+    `migrates`: requests move between instances."""
 
     max_instances: int = 4
     max_requests: int = 24
@@ -83,12 +84,12 @@ class ScenarioLimits:
     killer_share: float = 0.0
     max_wishes: int = 0
     min_instances: int = 1
-    policy: PolicyName = PolicyName.RECOMPUTE
+    migrates: bool = False
 
     @property
     def has_links(self) -> bool:
         """Instances pull from each other."""
-        return self.max_wishes > 0 or self.policy is PolicyName.MIGRATE
+        return self.max_wishes > 0 or self.migrates
 
 
 TRANSITION_LIMITS = ScenarioLimits(
@@ -97,7 +98,7 @@ TRANSITION_LIMITS = ScenarioLimits(
 """Small clusters whose layout changes often, with faults."""
 
 MIGRATION_LIMITS = ScenarioLimits(
-    max_instances=4, min_instances=2, max_faults=4, max_requests=40, policy=PolicyName.MIGRATE
+    max_instances=4, min_instances=2, max_faults=5, max_requests=60, migrates=True
 )
 """Small clusters whose requests move, with faults."""
 
@@ -108,6 +109,8 @@ def draw_scenario(rng: Random, limits: ScenarioLimits = ScenarioLimits()) -> Sce
     instance = _draw_instance(rng)
     if limits.max_wishes:
         instance = _draw_parts(rng, instance)
+    if limits.migrates:
+        instance = _draw_batches(rng, instance)
     controller = _draw_controller(rng, limits, instance)
     wishes = _draw_wishes(rng, limits, controller.num_instances)
     arrivals = _draw_arrivals(rng, limits, instance, wishes)
@@ -151,6 +154,15 @@ def _draw_parts(rng: Random, instance: SimInstanceConfig) -> SimInstanceConfig:
         spare_pages=rng.choice((0, 0, 1, 3)),
         window_pages=rng.choice((None, 1, 4, 64)),
         digests=rng.random() < 0.5,
+    )
+
+
+def _draw_batches(rng: Random, instance: SimInstanceConfig) -> SimInstanceConfig:
+    """Several requests at once, of which some can move."""
+    most_seqs = rng.randint(3, 16)
+    return replace(
+        instance,
+        scheduler=replace(instance.scheduler, max_num_seqs=most_seqs),
     )
 
 
@@ -259,7 +271,7 @@ def _draw_controller(
         answer_timeout_ns=rng.randint(2, 5) * SECOND_NS,
         long_timeout_ns=rng.randint(3, 20) * SECOND_NS,
         move_timeout_ns=rng.choice((1, 2, 2)) * SECOND_NS,
-        policy=limits.policy,
+        policy=PolicyName.MIGRATE if limits.migrates else PolicyName.RECOMPUTE,
     )
 
 
