@@ -52,10 +52,8 @@ of date."""
 
 LAST_BLOCKS = 2
 """When no more than so many blocks have become full since they were asked for, the request stops:
-what is left is small."""
-
-MOST_STAGES = 4
-"""And after so many stages at the latest: then it writes as fast as it is copied."""
+what is left is small. It also stops when that is more than half of what was copied meanwhile: then
+it writes about as fast as it is copied, and further stages would win little."""
 
 
 class MigrateGovernor:
@@ -331,12 +329,12 @@ class MigrateGovernor:
     def _on_pulled(self, migration: Migration, report: BlocksPulled, now_ns: int) -> Commands:
         if migration.phase not in (Phase.PULL, Phase.REST):
             return
+        copied = len(migration.offered.blocks)
         migration.pulled_blocks = migration.offered.end
         known = _known_tokens(self._book.requests[migration.request_id])
-        full = (known - 1) // self._book.config.block_size
-        is_much = full - migration.pulled_blocks > LAST_BLOCKS and migration.stages < MOST_STAGES
-        is_last = migration.phase is Phase.REST
-        cue = Cue.MUCH_LEFT if is_much and not is_last else Cue.ANSWERED
+        left = (known - 1) // self._book.config.block_size - migration.pulled_blocks
+        pays = migration.phase is Phase.PULL and LAST_BLOCKS < left <= copied // 2
+        cue = Cue.MUCH_LEFT if pays else Cue.ANSWERED
         yield from self._signal(migration, cue, now_ns)
 
     def _enter_stop(self, migration: Migration, now_ns: int) -> Commands:

@@ -63,8 +63,10 @@ class TransitionTotals:
 @dataclass(frozen=True)
 class MigrationTotals:
     """Sums over all migrations since the start. `outcomes`: count by outcome; `moved_bytes`: KV
-    that was copied for them; `redispatched`: requests that were taken back from a queue."""
+    that was copied for them; `redispatched`: requests that were taken back from a queue.
+    `num_running`: under way now."""
 
+    num_running: int = 0
     outcomes: Mapping[str, int] = field(default_factory=dict)
     moved_bytes: int = 0
     redispatched: int = 0

@@ -84,7 +84,7 @@ class Viewer:
             block_size=self._config.block_size,
             dropped_bytes=self._dropped_pages() * self._config.page_bytes,
             totals=self._totals,
-            migrations=self._migrations,
+            migrations=replace(self._migrations, num_running=len(controller.migrations)),
             last_transition=self._last,
             cpu_ns=cpu_ns,
             at_ns=now_ns,

@@ -246,6 +246,7 @@ class EngineCollector(Collector):
     def _migration_counters(self, status: EngineStatus) -> Iterable[Metric]:
         """Requests that moved between instances, with `--policy migrate`."""
         totals = status.migrations
+        yield self._one("num_migrations_running", "Live migrations under way", totals.num_running)
         outcomes = CounterMetricFamily(
             PREFIX + "migrations",
             "Live migrations of running requests that ended",
