@@ -152,11 +152,12 @@ class MigrateGovernor:
 
     def _lost_ground(self, migration: Migration) -> str:
         """Why a migration cannot go on; empty if it can."""
+        for place in (migration.source, migration.target):
+            if not self._leads(place):
+                return f"instance {place.instance} was lost, or is in another group"
         record = self._book.requests.get(migration.request_id)
         if record is None or record.group != migration.source.group:
-            return "the request has ended, or is leased elsewhere"
-        if not self._leads(migration.source) or not self._leads(migration.target):
-            return "an instance was lost, or its group has changed"
+            return "the request has ended"
         if self._is_busy() or self._book.groups[migration.target.group].is_frozen:
             return "the layout changes"
         return ""
