@@ -51,7 +51,7 @@ from kunserve.core.errors import (
     InvalidRequestError,
     RequestTooLargeError,
 )
-from kunserve.core.ids import BlockId, Epoch, HostBlock, RequestId
+from kunserve.core.ids import BlockId, Epoch, HostBlock, MigrationId, RequestId
 from kunserve.core.memory import PageRun, pages_of, runs_of
 from kunserve.core.policy import Batching, BatchOrder
 from kunserve.core.request import FinishReason, Request, TokenOutput
@@ -317,6 +317,9 @@ class Scheduler:
         self._stalled: list[tuple[RequestId, int]] = []
         self._compaction: Compaction | None = None
         self._swap = SwapSpace(config.host_blocks)
+        self._offered: set[RequestId] = set()  # running, and has been since its first `offer`
+        self._taken_out: dict[RequestId, _RequestState] = {}  # neither waiting nor running
+        self._reserved: dict[MigrationId, tuple[BlockId, ...]] = {}
         self._to_release: dict[RequestId, None] = {}  # what the executor has not been told yet
         self._newly_started: list[RequestId] = []
         self._steps_without_decodes = 0  # in a row, that left one out for prefills
@@ -401,12 +404,14 @@ class Scheduler:
         self._give_up_host_blocks(state)
         if state.is_running:
             self._leave(state)
+        elif self._taken_out.pop(request_id, None) is not None:
+            self._release(state.block_table)
         else:
             self._dequeue(state)
 
     def has_work(self) -> bool:
-        """True while a request waits or runs, or a step is in flight."""
-        return bool(self._requests or self._flights)
+        """True while a request waits, runs or is on its way here, or a step is in flight."""
+        return bool(self._requests or self._flights or self._reserved)
 
     def newly_started(self) -> tuple[RequestId, ...]:
         """Ids that left the queue for the first time under this lease, since the last call."""
@@ -440,6 +445,7 @@ class Scheduler:
             swapped_in=swap.swapped_in,
             swap_bytes=swap.copied_blocks * self._config.host_block_bytes,
             swap_refused=swap.refused,
+            head_blocks=self._blocks_for(len(self._waiting[0].tokens)) if self._waiting else 0,
         )
 
     # ------------------------------------------------------------ schedule
@@ -450,8 +456,8 @@ class Scheduler:
         A plan has chunks, or during a compaction at least moves: ids to release wait for the next
         one, the executor only holds their small sampling state. With work left, None is only given
         while a plan is in flight, pages are pending or closed, KV is copied to or from host memory,
-        or the scheduler is frozen. `now_ns` is the seam for policies that look at deadlines; this
-        one goes by arrival alone.
+        the scheduler is frozen, or what a migration holds takes the room. `now_ns` is the seam for
+        policies that look at deadlines; this one goes by arrival alone.
         """
         if self._is_frozen or len(self._flights) >= self._config.num_stages:
             return None
@@ -1097,16 +1103,21 @@ class Scheduler:
         self._queued_blocks -= self._blocks_for(len(state.tokens))
 
     def _leave(self, state: _RequestState) -> None:
-        """Out of the running set: finished, aborted or preempted. The executor is told to forget
-        the request. Its blocks are given up; full ones stay cached."""
-        self._running.remove(state)
-        state.is_running = False
+        """Out of the running set: finished, aborted or preempted. Its blocks are given up; full
+        ones stay cached."""
+        self._step_back(state)
         state.computed_tokens = 0
         state.pending_pages = set()
         state.num_outside = 0
         state.home = 0
         self._release(state.block_table)
         state.block_table = ()
+
+    def _step_back(self, state: _RequestState) -> None:
+        """Out of the running set, with all that it holds. The executor is told to forget it."""
+        self._running.remove(state)
+        state.is_running = False
+        self._offered.discard(state.request.id)
         self._to_release[state.request.id] = None
 
     def _release(self, blocks: Sequence[BlockId]) -> None:
@@ -1419,6 +1430,119 @@ class Scheduler:
         """Pages outside of all homes: backed, but not used for new blocks."""
         return self._pool.closed_pages()
 
+    # ------------------------------------------------------------ migrations: the source
+
+    def offer(self, request_id: RequestId) -> FrozenRequest | None:
+        """What a running request holds now; None if it does not run here. Its full blocks keep
+        their content for as long as it `is_offered`."""
+        state = self._requests.get(request_id)
+        if state is None or not state.is_running or state.is_aborted or state.is_stalled:
+            return None
+        self._offered.add(request_id)
+        return _holding(state)
+
+    def is_offered(self, request_id: RequestId) -> bool:
+        """True while it has not left the running set since its first `offer`."""
+        return request_id in self._offered
+
+    def end_offer(self, request_id: RequestId) -> None:
+        """Nobody copies it any more."""
+        self._offered.discard(request_id)
+
+    def take_out(self, request_id: RequestId) -> FrozenRequest | None:
+        """Take an offered request out of the running set; it keeps what it holds until `put_back`,
+        `give_away` or `abort`. None while a step computes it.
+
+        Raises:
+            AccountingError: it is not offered.
+        """
+        if request_id not in self._offered:
+            raise AccountingError(f"request {request_id} is taken out, but it is not offered")
+        state = self._requests[request_id]
+        if state.is_in_flight:
+            return None
+        self._step_back(state)
+        covered = self._blocks_for(state.computed_tokens)
+        self._release(state.block_table[covered:])
+        state.block_table = state.block_table[:covered]
+        self._taken_out[request_id] = state
+        return _holding(state)
+
+    def put_back(self, request_id: RequestId) -> None:
+        """A request that was taken out runs on; one that has been aborted does not."""
+        state = self._taken_out.pop(request_id, None)
+        if state is not None:
+            self._enter(state)
+
+    def give_away(self, request_id: RequestId) -> None:
+        """A request that was taken out runs elsewhere: forget it. Its full blocks stay cached."""
+        state = self._taken_out.pop(request_id, None)
+        if state is not None:
+            del self._requests[request_id]
+            self._release(state.block_table)
+
+    def withdraw(self, room_blocks: int, keep: Collection[RequestId]) -> tuple[RequestId, ...]:
+        """If the queue finds no room here, forget waiting requests, by arrival, which need at most
+        `room_blocks` in all; none of `keep`."""
+        if not self._waiting or self.load().head_blocks <= self._pool.available_blocks:
+            return ()
+        given: list[RequestId] = []
+        for state in tuple(self._waiting):
+            blocks = self._blocks_for(len(state.tokens))
+            if blocks <= room_blocks and state.request.id not in keep:
+                room_blocks -= blocks
+                given.append(state.request.id)
+                self.abort(state.request.id)
+        return tuple(given)
+
+    # ------------------------------------------------------------ migrations: the target
+
+    def reserve(self, migration: MigrationId, num_blocks: int) -> tuple[BlockId, ...] | None:
+        """Set blocks aside until there are `num_blocks` for a request that is on its way here. None
+        if there is no room for it: as at admission, besides what the head of the queue needs. The
+        first call counts as a lease seen."""
+        held = self._reserved.get(migration)
+        self._leases_seen += held is None
+        missing = num_blocks - len(held or ())
+        left = self._pool.available_blocks - missing
+        if held is None:
+            coming = len(self._running) + len(self._reserved)
+            watermark = int(self._config.watermark_fraction * self._pool.open_blocks)
+            if coming >= self._config.max_num_seqs or left < watermark + self.load().head_blocks:
+                return None
+        if left < 0:
+            return None
+        near = held[-1] if held else None
+        self._reserved[migration] = (held or ()) + self._pool.allocate(max(0, missing), near)
+        return self._reserved[migration]
+
+    def release_reserved(self, migration: MigrationId) -> None:
+        """What was set aside is not needed, and nobody writes it any more."""
+        self._release(self._reserved.pop(migration, ()))
+
+    def take_in(self, migration: MigrationId, request: Request, computed_tokens: int) -> None:
+        """A request has come, and the KV of its first `computed_tokens` tokens is in the blocks set
+        aside for it: it runs, as if it had been adopted.
+
+        Raises:
+            AccountingError: the id is leased already, all its tokens are computed, or too few
+                blocks were set aside. Nothing has changed then.
+        """
+        known = len(request.prompt_token_ids) + len(request.output_token_ids)
+        blocks, covered = self._reserved.get(migration, ()), self._blocks_for(computed_tokens)
+        if request.id in self._requests or computed_tokens >= known or len(blocks) < covered:
+            raise AccountingError(
+                f"request {request.id} with {computed_tokens} of {known} tokens computed, in "
+                f"{len(blocks)} blocks, cannot be taken in"
+            )
+        del self._reserved[migration]
+        self._release(blocks[covered:])
+        state = self._make_state(request)
+        state.computed_tokens, state.block_table = computed_tokens, blocks[:covered]
+        state.is_new = False
+        self._enter(state)
+        self._publish(state)
+
     # ------------------------------------------------------------ laws
 
     def check(self) -> None:
@@ -1429,8 +1553,10 @@ class Scheduler:
         """
         moving = [r for flight in self._flights.values() for r in flight.relocations]
         sources = [(relocation.source,) for relocation in moving]
-        self._pool.check([*sources, *(state.block_table for state in self._running)])
-        for state in self._running:
+        holders = (*self._running, *self._taken_out.values())
+        reserved = self._reserved.values()
+        self._pool.check([*sources, *reserved, *(state.block_table for state in holders)])
+        for state in holders:
             self._check_table(state)
             self._check_place(state)
         if {r.state for r in moving} != {state for state in self._running if state.is_moving}:
@@ -1438,9 +1564,11 @@ class Scheduler:
         for queue in (self._waiting, self._running):
             if any(a.order >= b.order for a, b in pairwise(queue)):
                 raise AccountingError("a queue is not in arrival order")
-        listed = {state.request.id: state for state in (*self._waiting, *self._running)}
-        if listed != self._requests or len(self._waiting) + len(self._running) != len(listed):
+        listed = {state.request.id: state for state in (*self._waiting, *holders)}
+        if listed != self._requests or len(self._waiting) + len(holders) != len(listed):
             raise AccountingError("a request is in two queues, or in none")
+        if not self._offered <= {state.request.id for state in self._running}:
+            raise AccountingError("a request is offered that does not run")
         if any(state.is_running or state.block_table for state in self._waiting):
             raise AccountingError("a waiting request holds blocks")
         self._check_host_blocks()
@@ -1493,6 +1621,10 @@ def _chunk(state: _RequestState, tokens: int) -> Chunk:
         samples=start + tokens == len(state.tokens),
         output_index=state.num_output_tokens,
     )
+
+
+def _holding(state: _RequestState) -> FrozenRequest:
+    return FrozenRequest(state.request.id, state.computed_tokens, state.block_table)
 
 
 def _known_request(state: _RequestState) -> Request:

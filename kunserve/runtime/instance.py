@@ -139,7 +139,7 @@ class Links:
         spans = tuple(
             Span(
                 memory.identity_address(copy.local_page, copy.first_block * block_bytes),
-                base + copy.remote_page * page_bytes + copy.first_block * block_bytes,
+                base + copy.remote_page * page_bytes + copy.remote_first_block * block_bytes,
                 copy.num_blocks * block_bytes,
             )
             for copy in order.copies

@@ -98,6 +98,7 @@ class EngineCollector(Collector):
         yield from self._group_gauges(status)
         yield from self._transition_counters(status)
         yield from overload_families(PREFIX, self._model_name, status)
+        yield from self._migration_counters(status)
 
     def _load_gauges(self, instances: tuple[InstanceStatus, ...]) -> Iterable[Metric]:
         gauges: dict[str, tuple[str, Callable[[GroupLoad], float]]] = {
@@ -257,6 +258,29 @@ class EngineCollector(Collector):
             ),
             "request_stall_seconds": ("Their waiting, summed up", totals.stalled_ns / 1e9),
             "degraded_seconds": ("Time with parameters dropped", totals.degraded_ns / 1e9),
+        }  # fmt: skip
+        for name, (text, value) in counters.items():
+            counter = CounterMetricFamily(PREFIX + name, text, labels=_LABELS)
+            counter.add_metric([self._model_name], value)
+            yield counter
+
+    def _migration_counters(self, status: EngineStatus) -> Iterable[Metric]:
+        """Requests that moved between instances, with `--policy migrate`."""
+        totals = status.migrations
+        yield self._one("num_migrations_running", "Live migrations under way", totals.num_running)
+        outcomes = CounterMetricFamily(
+            PREFIX + "migrations",
+            "Live migrations of running requests that ended",
+            labels=("model_name", "outcome"),
+        )
+        for outcome, number in totals.outcomes.items():
+            outcomes.add_metric([self._model_name, outcome], number)
+        yield outcomes
+        counters = {
+            "migrated_bytes": ("KV copied by live migrations", totals.moved_bytes),
+            "redispatched_requests": (
+                "Queued requests taken back from an instance for another one", totals.redispatched,
+            ),
         }  # fmt: skip
         for name, (text, value) in counters.items():
             counter = CounterMetricFamily(PREFIX + name, text, labels=_LABELS)
