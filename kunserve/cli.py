@@ -1,5 +1,6 @@
 """The command line: `kunserve serve`, `kunserve top`, `kunserve demo`, `kunserve bench engine`,
-`kunserve bench serve`, `kunserve bench transition`, `kunserve bench pipeline`."""
+`kunserve bench serve`, `kunserve bench transition`, `kunserve bench pipeline`,
+`kunserve bench decisions`, `kunserve bench overload`."""
 
 from __future__ import annotations
 
@@ -65,6 +66,16 @@ COMMANDS = (
         ("bench", "pipeline"),
         "kunserve.bench.pipeline",
         "throughput of two whole instances against the merged pair",
+    ),
+    Command(
+        ("bench", "decisions"),
+        "kunserve.bench.decisions",
+        "time of drop plans and of load reports in the controller",
+    ),
+    Command(
+        ("bench", "overload"),
+        "kunserve.bench.overload",
+        "the same burst under each policy, side by side",
     ),
 )
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from kunserve.core.decision import DecisionNote
 from kunserve.core.ids import Epoch, GroupId, InstanceId, RequestId
 from kunserve.core.memory import PartRuns
 from kunserve.core.request import Request, TokenOutput
@@ -148,6 +149,15 @@ class InstanceDrainWished:
     instance: InstanceId
 
 
+@dataclass(frozen=True)
+class PolicySwitched:
+    """An operator lets the policy drop parameters, or forbids it. Answered once by
+    `AnswerWish`."""
+
+    wish: int
+    may_drop: bool
+
+
 Event = (
     InstanceReady
     | InstanceLost
@@ -159,6 +169,7 @@ Event = (
     | ClockTicked
     | LayoutWished
     | InstanceDrainWished
+    | PolicySwitched
     | TransitionReport
 )
 
@@ -259,6 +270,13 @@ class LogTransition:
     record: TransitionRecord
 
 
+@dataclass(frozen=True)
+class NoteDecision:
+    """What the overload policy decided, or what came of it, for the log and metrics."""
+
+    note: DecisionNote
+
+
 Command = (
     FormGroup
     | LeaseRequest
@@ -270,5 +288,6 @@ Command = (
     | DrainComplete
     | AnswerWish
     | LogTransition
+    | NoteDecision
     | TransitionOrder
 )

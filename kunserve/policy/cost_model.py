@@ -1,21 +1,28 @@
 """What a step costs, as a function of its chunks (paper section 5 on lookahead, design section 5).
 
-    chunk(p, c) = alpha * (p*c + (c*c + c)/2)     token pairs that attention looks at
-                + delta * (p + c)                 KV read once
-                + beta * c                        linear layers
-    layers      = gamma + sum of chunks           a stage with n of the L layers: n/L of it
-    head        = head_gamma + head * rows        rows that sample, if any; the leader's alone
-    step        = layers + head
+    attention(p, c) = alpha * (p*c + (c*c + c)/2)     token pairs that a chunk looks at
+                    + delta * (p + c)                 its KV, read once
+    linear(M)       = overlap(gamma, beta * M, q)     all M tokens of the step
+    layers          = linear + sum of attention       a stage with n of the L layers: n/L of it
+    head            = overlap(head_gamma, head * R, head_q)     R rows that sample; 0 if R is 0
+    step            = layers + head                   the head is the leader's alone
+
+    overlap(read, compute, q) = (read^q + compute^q)^(1/q)
 
 p is the prefix (tokens already computed), c the tokens of the chunk. `gamma` and `head_gamma` are
-paid once a step: the weights are read once for the whole batch. They are added, not overlapped: on
-a CPU one token's arithmetic is far above its share of the weight read.
+the reads of the weights, once for the whole batch, `beta` and `head` the arithmetic of a row. The
+sharpness q says how well one hides behind the other: at 1 they add up, towards infinity the longer
+one counts alone. On a CPU q is 2 to 4: up to some eight rows the arithmetic is almost free.
+
+So a step costs less than its chunks by themselves would suggest, and what a chunk adds depends on
+the chunks beside it: `StepCost` adds them up one at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import combinations
 from typing import NamedTuple
 
@@ -72,17 +79,38 @@ class CostModel:
     """Per step in which some row samples, in the head."""
     head_ns: float = 0.0
     """Per row that samples."""
+    sharpness: float = 1.0
+    """How well `gamma_ns` and the time of all tokens overlap, at least 1: not at all."""
+    head_sharpness: float = 1.0
+    """How well `head_gamma_ns` and the time of all rows that sample overlap."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if not getattr(self, field.name) >= 0.0:  # NaN is refused as well
-                value = getattr(self, field.name)
-                raise ConfigError(f"{field.name} must be at least 0, got {value}; fit it again")
+            least, value = 0.0 if field.name.endswith("_ns") else 1.0, getattr(self, field.name)
+            if not least <= value < math.inf:  # NaN is refused as well
+                raise ConfigError(
+                    f"{field.name} must be at least {least:g}, got {value}; fit it again"
+                )
 
     @property
     def fixed_ns(self) -> float:
-        """Cost of a step that samples, however small its chunks."""
+        """Cost that a step which samples never falls below, however small its chunks."""
         return self.gamma_ns + self.head_gamma_ns
+
+    def scaled(self, factor: float) -> CostModel:
+        """The same instance where everything takes `factor` times as long."""
+        return self._scaled(factor, factor)
+
+    def _scaled(self, layers_factor: float, head_factor: float) -> CostModel:
+        return replace(
+            self,
+            alpha_ns=self.alpha_ns * layers_factor,
+            delta_ns=self.delta_ns * layers_factor,
+            beta_ns=self.beta_ns * layers_factor,
+            gamma_ns=self.gamma_ns * layers_factor,
+            head_gamma_ns=self.head_gamma_ns * head_factor,
+            head_ns=self.head_ns * head_factor,
+        )
 
     def for_stage(self, num_layers_held: int, num_layers: int, is_leader: bool) -> CostModel:
         """The cost model of one stage, fitted on whole instances (design section 5).
@@ -99,15 +127,7 @@ class CostModel:
             raise LayoutError(
                 f"a stage of a model of {num_layers} layers cannot hold {num_layers_held} of them"
             )
-        share = num_layers_held / num_layers
-        return CostModel(
-            alpha_ns=self.alpha_ns * share,
-            delta_ns=self.delta_ns * share,
-            beta_ns=self.beta_ns * share,
-            gamma_ns=self.gamma_ns * share,
-            head_gamma_ns=self.head_gamma_ns if is_leader else 0.0,
-            head_ns=self.head_ns if is_leader else 0.0,
-        )
+        return self._scaled(num_layers_held / num_layers, 1.0 if is_leader else 0.0)
 
     def stage_ns(
         self, chunks: Iterable[ChunkShape], num_layers_held: int, num_layers: int, is_leader: bool
@@ -115,40 +135,44 @@ class CostModel:
         """Cost of one step on one stage; arguments and errors as in `for_stage`."""
         return self.for_stage(num_layers_held, num_layers, is_leader).step_ns(chunks)
 
-    def chunk_ns(self, prefix_tokens: int, chunk_tokens: int, samples: bool = False) -> float:
-        """Cost of one chunk, without what the step pays once: `gamma_ns` and `head_gamma_ns`."""
+    def attention_ns(self, prefix_tokens: int, chunk_tokens: int) -> float:
+        """Cost of one chunk's attention in all layers, whatever else the step computes."""
         pairs = prefix_tokens * chunk_tokens + (chunk_tokens * chunk_tokens + chunk_tokens) // 2
-        cost_ns = (
-            self.alpha_ns * pairs
-            + self.delta_ns * (prefix_tokens + chunk_tokens)
-            + self.beta_ns * chunk_tokens
-        )
+        return self.alpha_ns * pairs + self.delta_ns * (prefix_tokens + chunk_tokens)
+
+    def linear_ns(self, tokens: float) -> float:
+        """Cost of the linear layers of a step that computes `tokens` tokens in all."""
+        return _overlap_ns(self.gamma_ns, self.beta_ns * tokens, self.sharpness)
+
+    def head_step_ns(self, rows: float) -> float:
+        """Cost of the head of a step in which `rows` rows sample; 0 if there is none."""
+        if rows == 0:
+            return 0.0
+        return _overlap_ns(self.head_gamma_ns, self.head_ns * rows, self.head_sharpness)
+
+    def chunk_ns(self, prefix_tokens: int, chunk_tokens: int, samples: bool = False) -> float:
+        """The most that a chunk adds to a step, which is what it adds to a large one.
+
+        A small step that reads weights most of the time takes it in for less (`StepCost`).
+        """
+        cost_ns = self.attention_ns(prefix_tokens, chunk_tokens) + self.beta_ns * chunk_tokens
         return cost_ns + self.head_ns if samples else cost_ns
 
     def step_ns(self, chunks: Iterable[ChunkShape]) -> float:
         """Cost of one step that computes `chunks`."""
-        cost_ns, some_sample = self.gamma_ns, False
+        step = StepCost(self)
         for chunk in chunks:
-            cost_ns += self.chunk_ns(*chunk)
-            some_sample = some_sample or chunk.samples
-        return cost_ns + self.head_gamma_ns if some_sample else cost_ns
+            step.add(chunk)
+        return step.total_ns
 
     def largest_chunk(self, budget_ns: float, prefix_tokens: int, limit_tokens: int) -> int:
-        """Most tokens, 0..`limit_tokens`, that cost at most `budget_ns` after this prefix.
+        """Most tokens, 0..`limit_tokens`, that add at most `budget_ns` to any step.
 
-        The inverse of `chunk_ns` in `chunk_tokens`, without the head. Found by bisection, so that
-        it agrees with `chunk_ns` to the last bit.
+        The inverse of `chunk_ns` in `chunk_tokens`, without the head.
         """
-        if limit_tokens <= 0 or self.chunk_ns(prefix_tokens, limit_tokens) <= budget_ns:
-            return max(0, limit_tokens)
-        fits, too_many = 0, limit_tokens
-        while too_many - fits > 1:
-            middle = (fits + too_many) // 2
-            if self.chunk_ns(prefix_tokens, middle) <= budget_ns:
-                fits = middle
-            else:
-                too_many = middle
-        return fits
+        return _most_tokens(
+            lambda tokens: self.chunk_ns(prefix_tokens, tokens) <= budget_ns, limit_tokens
+        )
 
     @classmethod
     def fit(cls, samples: Sequence[StepSample]) -> CostModel:
@@ -182,6 +206,77 @@ class CostModel:
     def relative_error(self, sample: StepSample) -> float:
         """(predicted - measured) / measured of one step."""
         return self.step_ns(sample.chunks) / sample.elapsed_ns - 1.0
+
+
+class StepCost:
+    """The cost of a step that is being formed: chunks are added one at a time.
+
+    A step without a chunk costs one read of the layers.
+    """
+
+    def __init__(self, model: CostModel) -> None:
+        self._model = model
+        self._attention_ns = 0.0
+        self._tokens = 0
+        self._rows = 0
+
+    @property
+    def total_ns(self) -> float:
+        """Cost of the chunks added so far, in one step: `CostModel.step_ns` of them."""
+        return self._layers_ns(self._attention_ns, 0) + self._model.head_step_ns(self._rows)
+
+    @property
+    def sampled_rows(self) -> int:
+        """Rows that go through the head."""
+        return self._rows
+
+    def add(self, chunk: ChunkShape) -> None:
+        """Compute `chunk` in this step too."""
+        self._attention_ns += self._model.attention_ns(chunk.prefix_tokens, chunk.chunk_tokens)
+        self._tokens += chunk.chunk_tokens
+        self._rows += chunk.samples
+
+    def with_chunk_ns(self, chunk: ChunkShape) -> float:
+        """`total_ns` as it would be with `chunk`; less `total_ns`, it is what the chunk adds."""
+        attention_ns = self._model.attention_ns(chunk.prefix_tokens, chunk.chunk_tokens)
+        layers_ns = self._layers_ns(self._attention_ns + attention_ns, chunk.chunk_tokens)
+        return layers_ns + self._model.head_step_ns(self._rows + chunk.samples)
+
+    def largest_chunk(self, budget_ns: float, prefix_tokens: int, limit_tokens: int) -> int:
+        """Most tokens, 0..`limit_tokens`, after this prefix that keep the step within `budget_ns`.
+
+        The inverse of `with_chunk_ns` for a chunk that does not sample, to the last bit.
+        """
+        return _most_tokens(
+            lambda tokens: self.with_chunk_ns(ChunkShape(prefix_tokens, tokens)) <= budget_ns,
+            limit_tokens,
+        )
+
+    def _layers_ns(self, attention_ns: float, more_tokens: int) -> float:
+        return self._model.linear_ns(self._tokens + more_tokens) + attention_ns
+
+
+def _overlap_ns(read_ns: float, compute_ns: float, sharpness: float) -> float:
+    """(read^q + compute^q)^(1/q), without powers of large numbers."""
+    longer_ns, shorter_ns = max(read_ns, compute_ns), min(read_ns, compute_ns)
+    if sharpness == 1.0 or shorter_ns == 0.0:
+        return longer_ns + shorter_ns
+    hidden: float = (1.0 + (shorter_ns / longer_ns) ** sharpness) ** (1.0 / sharpness)
+    return longer_ns * hidden
+
+
+def _most_tokens(fits: Callable[[int], bool], limit_tokens: int) -> int:
+    """The largest number in 0..`limit_tokens` that fits, by bisection; 0 need not be asked."""
+    if limit_tokens <= 0 or fits(limit_tokens):
+        return max(0, limit_tokens)
+    fitting, too_many = 0, limit_tokens
+    while too_many - fitting > 1:
+        middle = (fitting + too_many) // 2
+        if fits(middle):
+            fitting = middle
+        else:
+            too_many = middle
+    return fitting
 
 
 def _layer_features(sample: StepSample) -> list[float]:

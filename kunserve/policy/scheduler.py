@@ -16,9 +16,10 @@ One step is an exchange of values:
     outputs = scheduler.update(plan, result, now_ns)
 
 `schedule` takes, in this order: running requests that lack one token (decodes), running requests
-that lack more (prefills), then waiting requests, each by arrival. Computed counts move only in
-`update`, so a cancelled step leaves nothing to undo in them. A request that needs a block when none
-is available preempts the latest arrival, which computes again later (as vLLM).
+that lack more (prefills), then waiting requests, each by arrival, to the budget of a step
+(`kunserve.policy.drafting`). With `BatchOrder.PREFILL_FIRST` decodes come last. Computed counts
+move only in `update`, so a cancelled step leaves nothing to undo in them. A request that needs a
+block when none is available preempts the latest arrival, which computes again later (as vLLM).
 
 When the group's layout changes (design sections 3 and 4), its requests go from one scheduler to
 the next as values:
@@ -58,9 +59,15 @@ from kunserve.core.step import BlockMove, Chunk, GroupLoad, SampledToken, StepPl
 from kunserve.core.transition import AdoptedRequest, FrozenRequest, Home
 from kunserve.policy.blocks import BlockPool
 from kunserve.policy.cost_model import CostModel
+from kunserve.policy.drafting import StepBudget
 from kunserve.policy.homes import Compaction, CompactionRefusedError, assign_homes
+from kunserve.policy.microbatch import Work, share_of_decodes
 from kunserve.policy.prefix import block_hashes
 from kunserve.policy.swap import SWAP_AHEAD_TOKENS, SwapSpace
+
+MOST_STEPS_WITHOUT_DECODES = 16
+"""With PREFILL_FIRST: after so many steps in a row that left a decode out, one goes decodes first.
+Prefills also end by themselves when memory is full; requests of one token could go on for ever."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,9 @@ class SchedulerConfig:
     """How steps are formed when requests queue and the group has several stages."""
     batch_order: BatchOrder = BatchOrder.DECODE_FIRST
     """Who gets a step's budget first."""
+    chain_chunks: bool = True
+    """In a pipeline, the chunks of a prompt go into consecutive microbatches, each before the one
+    ahead of it is done. False: one at a time, so that a prompt keeps one stage at work only."""
     host_blocks: int = 0
     """Blocks of host memory that preempted requests are swapped to. 0: they are recomputed."""
     host_block_bytes: int = 0
@@ -140,6 +150,7 @@ class _RequestState:
         "is_running",
         "is_swapping",
         "is_unannounced",
+        "is_void",
         "limit_tokens",
         "num_outside",
         "num_prompt_tokens",
@@ -158,7 +169,7 @@ class _RequestState:
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.limit_tokens = min(max_model_len, self.num_prompt_tokens + request.params.max_tokens)
         self.computed_tokens = 0
-        self.planned_tokens = 0  # in a plan that is being executed
+        self.planned_tokens = 0  # in plans that are being executed
         self.block_table: tuple[BlockId, ...] = ()
         self.hashes: tuple[bytes, ...] = ()  # of the full blocks of the known tokens, so far
         self.published_blocks = 0  # the first blocks of the table whose names others may see
@@ -172,6 +183,7 @@ class _RequestState:
         self.is_moving = False  # some of its blocks, by a plan that is being executed
         self.host_blocks: tuple[HostBlock, ...] = ()  # that hold its computed tokens, or will
         self.is_swapping = False  # a copy to or from host memory is under way
+        self.is_void = False  # its plans in flight go on from a chunk that was cancelled
 
     @property
     def is_in_flight(self) -> bool:
@@ -192,6 +204,23 @@ class _RequestState:
     def missing_tokens(self) -> int:
         """Known tokens whose KV is not computed. 1: a decode."""
         return len(self.tokens) - self.computed_tokens
+
+    @property
+    def reached_tokens(self) -> int:
+        """Known tokens whose KV is computed when the plans in flight are done."""
+        return self.computed_tokens + self.planned_tokens
+
+    @property
+    def unplanned_tokens(self) -> int:
+        """Known tokens that are neither computed nor in a plan."""
+        return len(self.tokens) - self.reached_tokens
+
+    @property
+    def may_follow(self) -> bool:
+        """Its next chunk may follow one in flight: stages compute plans in their order, so they
+        have the KV of the first one when the second one comes."""
+        is_going_on = self.planned_tokens > 0 and not self.is_void and not self.is_aborted
+        return is_going_on and self.unplanned_tokens > 0 and not self.is_moving
 
     @property
     def num_output_tokens(self) -> int:
@@ -223,6 +252,7 @@ class _Flight:
     states: tuple[_RequestState, ...]
     started: tuple[_RequestState, ...]
     relocations: tuple[_Relocation, ...]
+    cost_ns: float
 
     @property
     def all_states(self) -> list[_RequestState]:
@@ -232,53 +262,28 @@ class _Flight:
 
 
 class _Draft:
-    """A plan being formed: tokens per request, and what is left of the step's budget.
+    """A plan being formed: tokens per request, copies of blocks, and what is left of the budget."""
 
-    The budget is either a number of tokens or, by the cost model, a time. In a time budget that is
-    used up by decodes, the first prefill still gets one block, so that it gets on. Once the budget
-    cuts a chunk the draft is closed, so that no later arrival overtakes.
-    """
-
-    def __init__(self, config: SchedulerConfig, cost_model: CostModel) -> None:
+    def __init__(self, budget: StepBudget) -> None:
+        self.budget = budget
         self.work: dict[_RequestState, int] = {}
         self.relocations: list[_Relocation] = []
-        self.is_closed = False
         self.has_preempted = False
-        self._cost_model = cost_model
-        self._least_tokens = config.block_size
-        self._left_tokens = config.max_num_batched_tokens
-        # A step takes fixed_ns however small its chunks: below twice that, a shorter step would
-        # mostly read weights again and prefill would starve.
-        target_ns = max(config.step_time_target_ns, 2.0 * cost_model.fixed_ns)
-        self._left_ns = target_ns - cost_model.fixed_ns
 
     @property
     def is_empty(self) -> bool:
         return not self.work and not self.relocations
 
-    def add(self, state: _RequestState, tokens: int) -> None:
-        """Compute the next `tokens` tokens of `state` in this step."""
-        self.work[state] = tokens
-        if self._left_tokens is not None:
-            self._left_tokens -= tokens
-        else:
-            samples = tokens == state.missing_tokens
-            self._left_ns -= self._cost_model.chunk_ns(state.computed_tokens, tokens, samples)
+    def add_decode(self, state: _RequestState) -> None:
+        """Compute the one token that `state` lacks."""
+        self.work[state] = 1
+        self.budget.add_decode(state.computed_tokens)
 
     def add_prefill(self, state: _RequestState, tokens: int) -> None:
-        """`add` for what `grant` gave."""
-        self.add(state, tokens)
-        self._least_tokens = 0
-
-    def grant(self, prefix_tokens: int, wanted_tokens: int) -> int:
-        """How many of `wanted_tokens` the budget still allows after a prefix: 0 is none."""
-        if self._left_tokens is not None:
-            granted = max(0, min(wanted_tokens, self._left_tokens))
-        else:
-            granted = self._cost_model.largest_chunk(self._left_ns, prefix_tokens, wanted_tokens)
-            granted = max(granted, min(self._least_tokens, wanted_tokens))
-        self.is_closed = granted < wanted_tokens
-        return granted
+        """Compute the next `tokens` tokens of `state`, which the budget has granted."""
+        self.work[state] = tokens
+        samples = tokens == state.unplanned_tokens
+        self.budget.add_prefill(state.reached_tokens, tokens, samples)
 
 
 class Scheduler:
@@ -314,6 +319,7 @@ class Scheduler:
         self._swap = SwapSpace(config.host_blocks)
         self._to_release: dict[RequestId, None] = {}  # what the executor has not been told yet
         self._newly_started: list[RequestId] = []
+        self._steps_without_decodes = 0  # in a row, that left one out for prefills
         self._queued_blocks = 0
         self._leases_seen = 0
         self._prompt_tokens = 0
@@ -449,60 +455,158 @@ class Scheduler:
         """
         if self._is_frozen or len(self._flights) >= self._config.num_stages:
             return None
-        draft = _Draft(self._config, self._cost_model)
+        draft = self._new_draft()
         self._swap_ahead(draft)
-        self._plan_decodes(draft)
-        self._plan_prefills(draft)
-        self._plan_moves(draft)
+        if self._prefills_go_first():
+            self._draft_prefills_first(draft)
+        else:
+            self._draft_decodes_first(draft)
         if draft.has_preempted and draft.is_empty and not self._flights:
             # Whoever needed room was preempted itself. No result will come and ask for a plan.
-            draft = _Draft(self._config, self._cost_model)
-        if not draft.has_preempted:
+            draft = self._new_draft()
             self._admit(draft)
+        self._count_waiting_decodes(draft)
         return None if draft.is_empty else self._issue(draft)
 
-    def _plan_decodes(self, draft: _Draft) -> None:
-        """One token for every decode, at most one microbatch's share of them.
+    def _new_draft(self) -> _Draft:
+        config = self._config
+        return _Draft(
+            StepBudget(
+                self._cost_model,
+                config.step_time_target_ns,
+                config.max_num_batched_tokens,
+                config.block_size,
+            )
+        )
+
+    def _draft_decodes_first(self, draft: _Draft) -> None:
+        for state in self._decode_share():
+            self._plan_decode(state, draft)
+        self._look_ahead(draft)
+        self._plan_prefills(draft)
+        self._plan_moves(draft)
+        if not draft.has_preempted:
+            self._admit(draft)
+
+    def _prefills_go_first(self) -> bool:
+        is_due = self._steps_without_decodes >= MOST_STEPS_WITHOUT_DECODES
+        return self._config.batch_order is BatchOrder.PREFILL_FIRST and not is_due
+
+    def _draft_prefills_first(self, draft: _Draft) -> None:
+        """Decodes get what prefills and admissions leave of the budget, the earliest first, and all
+        of a step without prefills."""
+        self._look_ahead(draft)
+        self._plan_prefills(draft)
+        if not draft.has_preempted:
+            self._admit(draft)
+        has_prefills = bool(draft.work)
+        for state in self._decode_share():
+            if has_prefills and not draft.budget.has_room_for_decode(state.computed_tokens):
+                break
+            self._plan_decode(state, draft)
+        self._plan_moves(draft)
+
+    def _count_waiting_decodes(self, draft: _Draft) -> None:
+        is_left_out = any(
+            state.missing_tokens == 1 and state.is_idle and state not in draft.work
+            for state in self._running
+        )
+        self._steps_without_decodes = self._steps_without_decodes + 1 if is_left_out else 0
+
+    def _decode_share(self) -> list[_RequestState]:
+        """Decodes of one microbatch, by arrival, at most its share of all.
 
         Adopted requests may be more than the budget allows to be admitted: then as many as it has
         tokens.
         """
         decodes = [s for s in self._running if s.missing_tokens == 1 and not s.is_stalled]
         share = math.ceil(len(decodes) / self._config.num_stages)
+        idle = [state for state in decodes if state.is_idle]
+        if self._looks_ahead:
+            share = share_of_decodes(
+                [self._decode_ns(state) for state in idle],
+                sum(map(self._decode_ns, decodes)),
+                self._config.num_stages,
+            )
         if self._config.max_num_batched_tokens is not None:
             share = min(share, self._config.max_num_batched_tokens)
-        idle = [state for state in decodes if state.is_idle]
-        for state in idle[:share]:
-            if state.is_running and self._grow(state, 1, draft):
-                draft.add(state, 1)
+        return idle[:share]
+
+    def _decode_ns(self, state: _RequestState) -> float:
+        context_tokens = len(state.tokens) - 1
+        return self._cost_model.chunk_ns(context_tokens, 1, samples=True)
+
+    @property
+    def _looks_ahead(self) -> bool:
+        return self._config.batching is Batching.LOOKAHEAD and self._config.num_stages > 1
+
+    def _look_ahead(self, draft: _Draft) -> None:
+        """With a queue, the microbatch gets an equal share of it."""
+        works = self._queued_works() if self._looks_ahead else []
+        if works:
+            in_flight_ns = [flight.cost_ns for flight in self._flights.values()]
+            draft.budget.look_ahead(works, self._config.num_stages, in_flight_ns)
+
+    def _queued_works(self) -> list[Work]:
+        """Prompt tokens that can be computed before any request ends, in the order in which they
+        are planned."""
+        prefills = self._plannable_prefills()
+        works = [Work(state.reached_tokens, state.unplanned_tokens) for state in prefills]
+        growth = sum(self._blocks_for(len(s.tokens)) - len(s.block_table) for s in prefills)
+        return works + self._admissible_works(self._pool.available_blocks - growth)
+
+    def _admissible_works(self, num_blocks: int) -> list[Work]:
+        """Waiting requests that fit into so many blocks, the last one perhaps in part."""
+        works = []
+        for state in self._waiting[: max(0, self._most_running - len(self._running))]:
+            tokens = min(len(state.tokens), num_blocks * self._config.block_size)
+            if tokens <= 0:
+                break
+            works.append(Work(0, tokens))
+            num_blocks -= self._blocks_for(tokens)
+        return works
+
+    def _plan_decode(self, state: _RequestState, draft: _Draft) -> None:
+        """Its one token, unless it was preempted for an earlier one or must wait for a block."""
+        if state.is_running and self._grow(state, 1, draft):
+            draft.add_decode(state)
 
     def _plan_prefills(self, draft: _Draft) -> None:
         """What the budget allows to requests that lack more than a token, by arrival."""
-        prefills = [s for s in self._running if s.missing_tokens > 1 and s.is_idle]
-        for state in prefills:
-            if draft.is_closed:
+        for state in self._plannable_prefills():
+            if draft.budget.is_closed:
                 return
             if not state.is_running:  # preempted for an earlier one
                 continue
-            granted = draft.grant(state.computed_tokens, state.missing_tokens)
+            granted = draft.budget.grant(state.reached_tokens, state.unplanned_tokens)
             tokens = self._grow(state, granted, draft)
             if tokens:
                 draft.add_prefill(state, tokens)
+
+    def _plannable_prefills(self) -> list[_RequestState]:
+        """By arrival. In a pipeline the chunks of a prompt follow each other; while blocks move to
+        their homes, each waits for the one before."""
+        can_follow = self._config.chain_chunks and self._compaction is None
+        return [
+            state
+            for state in self._running
+            if state.missing_tokens > 1 and (state.is_idle or (can_follow and state.may_follow))
+        ]
 
     def _grow(self, state: _RequestState, tokens: int, draft: _Draft) -> int:
         """Give `state` blocks for its next `tokens` tokens; how many of them have room then.
 
         A chunk is cut to the blocks that are available. Only when it has no room at all are others
-        preempted for it; 0 when that hit `state` itself.
+        preempted for it, unless it gets on anyway; 0 when that hit `state` itself.
         """
-        room = len(state.block_table) * self._config.block_size - state.computed_tokens
+        room = len(state.block_table) * self._config.block_size - state.reached_tokens
         if tokens <= room:
             return tokens
-        if room == 0 and not self._make_room(state, draft):
+        if room == 0 and state.is_idle and not self._make_room(state, draft):
             return 0
         missing_blocks = self._blocks_for(tokens - room)
         self._extend(state, min(missing_blocks, self._pool.available_in(state.home)))
-        return min(tokens, len(state.block_table) * self._config.block_size - state.computed_tokens)
+        return min(tokens, len(state.block_table) * self._config.block_size - state.reached_tokens)
 
     def _make_room(self, state: _RequestState, draft: _Draft) -> bool:
         """Preempt the latest arrivals of its home until a block is available there; False if
@@ -548,10 +652,11 @@ class Scheduler:
     def _admit(self, draft: _Draft) -> None:
         """Waiting requests by arrival, as long as limits, budget and memory allow the first.
 
-        All others in the draft have their tokens by then, so one is admitted only when the budget
-        has a token more than there are decodes: these can never outgrow it.
+        Decodes can never outgrow a budget of tokens. All others in the draft have theirs by then,
+        so one is admitted only when there is a token more than there are decodes; where prefills go
+        first, `_most_running` sees to it.
         """
-        while self._waiting and len(self._running) < self._config.max_num_seqs:
+        while self._waiting and len(self._running) < self._most_running:
             state = self._waiting[0]
             if self._swap.is_sending_out:  # room is being made for earlier arrivals
                 return
@@ -559,17 +664,24 @@ class Scheduler:
                 if not self._swap_in(state):
                     return
                 continue
-            if draft.is_closed:
+            if draft.budget.is_closed:
                 return
             home = self._roomiest_home()
             cached = self._cached_prefix(state, home)
             prefix_tokens = len(cached) * self._config.block_size
-            tokens = draft.grant(prefix_tokens, len(state.tokens) - prefix_tokens)
+            tokens = draft.budget.grant(prefix_tokens, len(state.tokens) - prefix_tokens)
             if not tokens or not self._may_start(cached, prefix_tokens + tokens, home):
                 return
             self._start(state, cached, home)
             self._extend(state, self._blocks_for(prefix_tokens + tokens) - len(cached))
             draft.add_prefill(state, tokens)
+
+    @property
+    def _most_running(self) -> int:
+        config = self._config
+        if config.batch_order is BatchOrder.DECODE_FIRST or config.max_num_batched_tokens is None:
+            return config.max_num_seqs
+        return min(config.max_num_seqs, config.max_num_batched_tokens * config.num_stages)
 
     def _cached_prefix(self, state: _RequestState, home: int) -> tuple[BlockId, ...]:
         """Blocks that need no computing. The last token always does: its row is sampled."""
@@ -641,12 +753,14 @@ class Scheduler:
             moves=tuple(BlockMove(r.source, r.target) for r in draft.relocations if r.is_first),
         )
         for state, tokens in draft.work.items():
-            state.planned_tokens = tokens
+            state.planned_tokens += tokens
             state.is_unannounced = False
         for relocation in draft.relocations:
             relocation.state.is_moving = True
         self._to_release.clear()
-        self._flights[plan.step] = _Flight(plan, states, started, tuple(draft.relocations))
+        self._flights[plan.step] = _Flight(
+            plan, states, started, tuple(draft.relocations), draft.budget.total_ns
+        )
         self._next_step += 1
         return plan
 
@@ -874,11 +988,12 @@ class Scheduler:
         """
         flight = self._flight_of(plan, result)
         tokens = {} if result.cancelled else _tokens_of(flight.plan, result)
+        void = {state for state in flight.states if state.is_void}
         self._land(flight, result.cancelled, {request_id for request_id, _ in result.failed})
         outputs: list[TokenOutput] = []
         if not result.cancelled:
             for state, chunk in zip(flight.states, flight.plan.chunks, strict=True):
-                if state.is_running:
+                if state.is_running and state not in void:
                     self._commit(state, len(chunk.token_ids))
                     if chunk.samples:
                         outputs.append(self._append(state, tokens[chunk.request_id]))
@@ -889,10 +1004,13 @@ class Scheduler:
     ) -> None:
         """The plan is over. Requests that were aborted meanwhile or failed leave now."""
         del self._flights[flight.plan.step]
-        for state in flight.states:
-            state.planned_tokens = 0
+        for state, chunk in zip(flight.states, flight.plan.chunks, strict=True):
+            state.planned_tokens -= len(chunk.token_ids)
+            state.is_void = state.planned_tokens > 0 and (state.is_void or is_cancelled)
         self._settle_moves(flight, is_cancelled)
         for state in flight.all_states:
+            if state.is_in_flight:
+                continue
             if state.is_aborted or state.request.id in failed:
                 del self._requests[state.request.id]
                 self._leave(state)
@@ -1365,7 +1483,7 @@ class Scheduler:
 
 
 def _chunk(state: _RequestState, tokens: int) -> Chunk:
-    start = state.computed_tokens
+    start = state.reached_tokens
     return Chunk(
         request_id=state.request.id,
         token_ids=tuple(state.tokens[start : start + tokens]),

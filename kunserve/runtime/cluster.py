@@ -20,6 +20,7 @@ from typing import get_args
 
 import zmq
 
+from kunserve.core.decision import DecisionNote, Shortage
 from kunserve.core.errors import InstanceFailedError, KunserveError
 from kunserve.core.events import (
     AnswerWish,
@@ -39,6 +40,8 @@ from kunserve.core.events import (
     LayoutWished,
     LeaseRequest,
     LogTransition,
+    NoteDecision,
+    PolicySwitched,
     RefusalKind,
     RefuseRequest,
     RequestAborted,
@@ -59,6 +62,7 @@ from kunserve.policy.book import ControllerConfig
 from kunserve.policy.controller import Controller
 from kunserve.policy.scheduler import SchedulerConfig
 from kunserve.runtime.codec import CodecError, LoadProgress, Shutdown, StartFailed
+from kunserve.runtime.decision_log import describe_note
 from kunserve.runtime.settings import InstanceSettings
 from kunserve.runtime.status import ClusterView
 from kunserve.runtime.supervisor import Supervisor
@@ -70,6 +74,7 @@ from kunserve.worker.settings import EngineSettings
 logger = logging.getLogger("kunserve.cluster")
 
 TICK_S = 0.25
+VIEW_INTERVAL_NS = 20_000_000
 STALL_S = 0.5
 STALL_GRACE_S = 1.0
 """A tick this late means that this process, or the machine, stood still. Messages of that time may
@@ -133,6 +138,7 @@ class Cluster:
         self._drained = threading.Event()
         self._ended = threading.Event()
         self._view = ClusterView()
+        self._view_asked = False
         self._viewer = Viewer(self._controller, settings.controller)
         self._wishes: dict[int, OnAnswer] = {}
         self._wish_lock = threading.Lock()
@@ -143,7 +149,9 @@ class Cluster:
 
     @property
     def view(self) -> ClusterView:
-        """The last snapshot, at most a tick old."""
+        """The last snapshot, at most a tick old. Whoever asks often gets newer ones: the next is
+        taken with the next message, but not more than one in `VIEW_INTERVAL_NS`."""
+        self._view_asked = True
         return self._view
 
     @property
@@ -207,6 +215,10 @@ class Cluster:
     def wish_drain(self, instance: InstanceId, on_answer: OnAnswer) -> None:
         """Take an instance out of service; answered when its drain has begun or is refused."""
         self._post_wish(lambda number: InstanceDrainWished(number, instance), on_answer)
+
+    def switch_policy(self, may_drop: bool, on_answer: OnAnswer) -> None:
+        """Let the policy drop parameters, or forbid it."""
+        self._post_wish(lambda number: PolicySwitched(number, may_drop), on_answer)
 
     def _post_wish(self, event: Callable[[int], Event], on_answer: OnAnswer) -> None:
         with self._wish_lock:
@@ -288,6 +300,8 @@ class Cluster:
             self._take_inbox()
             late_s = time.monotonic() - next_tick
             if late_s < 0:
+                if self._view_asked and self._view_age_ns() >= VIEW_INTERVAL_NS:
+                    self._publish()
                 continue
             stalled = late_s > STALL_S
             next_tick = time.monotonic() + (STALL_GRACE_S if stalled else TICK_S)
@@ -369,6 +383,8 @@ class Cluster:
             self._answer(command)
         elif isinstance(command, LogTransition):
             self._log_transition(command.record)
+        elif isinstance(command, NoteDecision):
+            self._log_decision(command.note)
 
     def _log_transition(self, record: TransitionRecord) -> None:
         """COMMIT leaves its record at once; the line for people comes when all is over."""
@@ -378,6 +394,11 @@ class Cluster:
         else:
             logger.info("%s", describe(record))
         self._viewer.count(record)
+
+    def _log_decision(self, note: DecisionNote) -> None:
+        level = logging.WARNING if isinstance(note, Shortage) else logging.INFO
+        logger.log(level, "%s", describe_note(note))
+        self._viewer.note(note)
 
     def _answer(self, command: AnswerWish) -> None:
         self._publish()  # whoever is answered finds the layout of the answer
@@ -451,7 +472,11 @@ class Cluster:
 
     # ------------------------------------------------------------ snapshot
 
+    def _view_age_ns(self) -> int:
+        return time.monotonic_ns() - self._view.at_ns
+
     def _publish(self) -> None:
+        self._view_asked = False
         pids = {child.instance: child.process.pid for child in self._supervisor.children}
         self._view = self._viewer.view(pids, time.monotonic_ns(), time.thread_time_ns())
         self._on_view(self._view)

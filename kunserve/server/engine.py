@@ -9,7 +9,12 @@ from typing import Protocol
 from kunserve.core.ids import InstanceId, RequestId
 from kunserve.core.request import SamplingParams, TokenOutput
 from kunserve.runtime.stats_log import InstanceCounters
-from kunserve.runtime.status import GroupStatus, InstanceStatus, TransitionTotals
+from kunserve.runtime.status import (
+    DecisionTotals,
+    GroupStatus,
+    InstanceStatus,
+    TransitionTotals,
+)
 
 __all__ = ["EngineClient", "EngineStatus", "InstanceStatus"]
 
@@ -22,7 +27,8 @@ class EngineStatus:
     `controller_cpu_s`: what the controller's thread has computed since the start.
     `counters`: what every instance did since the start of the front; they never go back.
     `epoch`, `groups`, `dropped_bytes` (of parameters) and `totals`: of the layout, as in
-    `ClusterView`. `block_size`: tokens of a KV block."""
+    `ClusterView`, as are `may_drop` and `decisions` of the overload policy. `block_size`: tokens of
+    a KV block."""
 
     ready: bool
     healthy: bool
@@ -36,6 +42,8 @@ class EngineStatus:
     block_size: int = 0
     dropped_bytes: int = 0
     totals: TransitionTotals = TransitionTotals()
+    may_drop: bool = False
+    decisions: DecisionTotals = DecisionTotals()
 
 
 class EngineClient(Protocol):

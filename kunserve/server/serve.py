@@ -37,7 +37,7 @@ from kunserve.runtime.stats_log import CounterSums, StatsLogger
 from kunserve.server.admin import create_admin_app
 from kunserve.server.app import create_app
 from kunserve.server.cluster_engine import ClusterEngine
-from kunserve.server.settings import GenerationDefaults, ServerConfig, load_generation_defaults
+from kunserve.server.settings import GenerationDefaults, ServerConfig, Slo, load_generation_defaults
 from kunserve.server.tokenizer import Tokenizer
 from kunserve.worker.settings import EngineSettings, plan_instance_memory, resolve_max_model_len
 
@@ -151,6 +151,9 @@ def cluster_settings(plan: ServePlan) -> ClusterSettings:
             may_restore=config.restore,
             slo_ttft_ns=_to_ns(config.slo_ttft_ms),
             slo_tpot_ns=_to_ns(config.slo_tpot_ms),
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            step_time_target_ns=int(config.step_time_target_ms * 1e6),
         ),
         start_timeout_s=config.start_timeout,
         log_level=config.log_level,
@@ -176,6 +179,10 @@ def _host_blocks(plan: ServePlan) -> int:
 
 def _to_ns(milliseconds: float | None) -> int | None:
     return None if milliseconds is None else int(milliseconds * 1e6)
+
+
+def _to_s(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1e3
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -360,6 +367,7 @@ def make_app(
         max_request_body_bytes=config.max_request_body_bytes,
         generation_defaults=defaults,
         seed=config.seed,
+        slo=Slo(_to_s(config.slo_ttft_ms), _to_s(config.slo_tpot_ms)),
     )
     return create_app(engine, tokenizer, server_config)
 

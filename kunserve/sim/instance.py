@@ -192,7 +192,7 @@ class SimInstance:
         self._rng = rng
         self._network = network
         self._spans = spans
-        self._cost_model = CostModel(*(value * cost_factor for value in astuple(config.cost_model)))
+        self._cost_model = config.cost_model.scaled(cost_factor)
         self._build(num_instances)
         self._inbox: list[DownMessage] = []
         self._peer_inbox: list[tuple[PeerMessage, Any]] = []

@@ -33,6 +33,7 @@ from kunserve.core.events import (
     KillInstance,
     LeaseRequest,
     LogTransition,
+    NoteDecision,
     RefusalKind,
     RefuseRequest,
     RequestAborted,
@@ -185,6 +186,7 @@ class World:
             DrainComplete: self._drained,
             AnswerWish: lambda command: None,
             LogTransition: self._log,
+            NoteDecision: lambda command: None,
         }
         self._perform_by_type |= dict.fromkeys(get_args(TransitionOrder), self._send_down)
         self._perform_by_type[Prepare] = self._prepare
@@ -282,6 +284,8 @@ class World:
         if self._planned or self._laws.open_requests or self._laws.open_wishes:
             return False
         if (self._is_draining and not self._is_drained) or self._controller.is_in_transition:
+            return False
+        if not self._controller.is_settled and not self._is_drained:
             return False
         return all(
             record.state is InstanceState.DEAD

@@ -24,16 +24,20 @@ from kunserve.core.errors import (
     RequestTooLargeError,
 )
 from kunserve.core.ids import BlockId, Epoch, RequestId, SlotId
+from kunserve.core.policy import Batching, BatchOrder
 from kunserve.core.request import FinishReason, Request, SamplingParams, TokenOutput
 from kunserve.core.step import BlockMove, Chunk, SampledToken, StepPlan, StepResult
 from kunserve.policy.blocks import BlockPool
 from kunserve.policy.cost_model import CostModel
-from kunserve.policy.scheduler import Scheduler, SchedulerConfig
+from kunserve.policy.scheduler import MOST_STEPS_WITHOUT_DECODES, Scheduler, SchedulerConfig
 
 EPOCH = Epoch(3)
 EOS, STOP, VOCAB_SIZE = 0, 1, 13
 # A token costs 1 ms, a decode with its row 2 ms, a step 4 ms.
 COST_MODEL = CostModel(alpha_ns=0.0, delta_ns=0.0, beta_ns=1e6, gamma_ns=4e6, head_ns=1e6)
+
+NEVER_WRITTEN = 0xDEAD
+"""What KV reads as that no step has computed: it changes the tokens."""
 
 # ---------------------------------------------------------------- a model of numbers
 
@@ -102,8 +106,9 @@ class Executor:
         for chunk in plan.chunks[:cancel_after]:
             kv = self.compute(chunk)
             if chunk.samples and cancel_after is None:
-                assert self.outputs[chunk.request_id] == chunk.output_index
-                self.outputs[chunk.request_id] += 1
+                # More than that: a row that counted for nothing was sampled before.
+                assert self.outputs[chunk.request_id] >= chunk.output_index
+                self.outputs[chunk.request_id] = chunk.output_index + 1
                 token_id = sample(kv, chunk.output_index)
                 tokens.append(SampledToken(chunk.request_id, chunk.output_index, token_id))
         cancelled = cancel_after is not None
@@ -122,7 +127,7 @@ class Executor:
             (chunk.block_table[position // self.block_size], position % self.block_size)
             for position in range(chunk.context_len + len(chunk.token_ids))
         ]
-        kv = [self.memory[place] for place in places[: chunk.context_len]]
+        kv = [self.memory.get(place, NEVER_WRITTEN) for place in places[: chunk.context_len]]
         for token_id, place in zip(chunk.token_ids, places[chunk.context_len :], strict=True):
             self.memory[place] = kv_of(token_id, kv)
             kv.append(self.memory[place])
@@ -269,17 +274,16 @@ def test_a_time_target_sets_the_chunk() -> None:
     assert sizes(step(scheduler)[0]) == {"a": 1, "b": 14}
 
 
-def test_decodes_never_starve_a_prefill() -> None:
-    scheduler = make_scheduler(step_time_target_ns=8_000_000)  # 4 ms: two decodes use them up
+def test_prefill_may_take_as_long_as_the_rest_of_the_step() -> None:
+    scheduler = make_scheduler(step_time_target_ns=8_000_000)
     for name in "abcd":
         scheduler.add(make_request(name, 1, max_tokens=40))
     while scheduler.load().num_waiting:
         step(scheduler)
-    scheduler.add(make_request("e", 9))
-    decodes = dict.fromkeys("abcd", 1)
-    assert sizes(step(scheduler)[0]) == decodes | {"e": 4}  # one block
-    assert sizes(step(scheduler)[0]) == decodes | {"e": 4}
-    assert sizes(step(scheduler)[0]) == decodes | {"e": 1}
+    scheduler.add(make_request("e", 19))
+    decodes = dict.fromkeys("abcd", 1)  # 4 ms for the step and 2 ms for each: above the target
+    assert sizes(step(scheduler)[0]) == decodes | {"e": 12}
+    assert sizes(step(scheduler)[0]) == decodes | {"e": 7}
 
 
 def test_a_token_budget_always_has_room_for_all_decodes_and_one_prefill_token() -> None:
@@ -370,6 +374,63 @@ def test_the_microbatches_of_steady_decodes_settle_at_equal_sizes() -> None:
     for _ in range(3):
         turn()
     assert sorted(turn() for _ in range(6)) == [11, 11, 11, 12, 12, 12]
+
+
+# ---------------------------------------------------------------- prefill first
+
+
+def test_prefills_first_take_the_budget_and_decodes_what_is_left() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=8, batch_order=BatchOrder.PREFILL_FIRST)
+    for name in "ab":
+        scheduler.add(make_request(name, 4))
+    assert sizes(step(scheduler)[0]) == {"a": 4, "b": 4}
+    scheduler.add(make_request("c", 8))
+    scheduler.add(make_request("d", 7))
+    assert sizes(step(scheduler)[0]) == {"c": 8}
+    assert sizes(step(scheduler)[0]) == {"d": 7, "a": 1}
+    assert sizes(step(scheduler)[0]) == dict.fromkeys("abcd", 1)
+
+
+def test_prefills_first_leave_decodes_the_rest_of_a_time_budget() -> None:
+    # 20 ms less 4 ms for the step: prompts of 13 tokens and a row (14 ms) leave one decode (2 ms)
+    scheduler = make_scheduler(step_time_target_ns=20_000_000, batch_order=BatchOrder.PREFILL_FIRST)
+    for name in "ab":
+        scheduler.add(make_request(name, 2))
+    step(scheduler)
+    scheduler.add(make_request("c", 13))
+    assert sizes(step(scheduler)[0]) == {"c": 13, "a": 1}
+
+
+def test_decodes_alone_are_not_cut_by_the_time_target() -> None:
+    scheduler = make_scheduler(step_time_target_ns=1, batch_order=BatchOrder.PREFILL_FIRST)
+    for name in "abc":
+        scheduler.add(make_request(name, 1))
+    while scheduler.load().num_waiting:
+        step(scheduler)
+    assert sizes(step(scheduler)[0]) == dict.fromkeys("abc", 1)
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_decodes_wait_for_prefills_a_bounded_number_of_steps(stages: int) -> None:
+    """Prompts of one output token never fill the memory, so they never end by themselves."""
+    scheduler = make_scheduler(
+        max_num_batched_tokens=4, batch_order=BatchOrder.PREFILL_FIRST, num_stages=stages
+    )
+    for name in "abc":
+        scheduler.add(make_request(name, 1, max_tokens=90))
+    step(scheduler)
+    flights: list[StepPlan] = []
+    last_step = dict.fromkeys("abc", 0)
+    for number in range(120):
+        for copy in range(2):
+            scheduler.add(make_request(f"p{number}.{copy}", 4, max_tokens=1, arrival_ns=number))
+        flights.append(next_plan(scheduler))
+        last_step |= {name: number for name in sizes(flights[-1]) if name in last_step}
+        assert number - min(last_step.values()) <= MOST_STEPS_WITHOUT_DECODES + stages
+        if len(flights) == stages:
+            plan = flights.pop(0)
+            scheduler.update(plan, result_of(plan), 0)
+    assert min(last_step.values()) > 90
 
 
 # ---------------------------------------------------------------- memory
@@ -817,6 +878,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         caching=st.booleans(),
         watermark=st.sampled_from([0.0, 0.2]),
         stages=st.sampled_from([1, 1, 1, 2, 3]),
+        order=st.sampled_from(BatchOrder),
+        batching=st.sampled_from(Batching),
+        chained=st.booleans(),
     )
     def build(
         self,
@@ -828,6 +892,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         caching: bool,
         watermark: float,
         stages: int,
+        order: BatchOrder,
+        batching: Batching,
+        chained: bool,
     ) -> None:
         self.config = SchedulerConfig(
             block_size=block_size,
@@ -839,6 +906,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             watermark_fraction=watermark,
             enable_prefix_caching=caching,
             num_stages=stages,
+            batch_order=order,
+            batching=batching,
+            chain_chunks=chained,
         )
         num_blocks = max(2, capacity_tokens // block_size)
         self.pool = BlockPool(1024, 4, {SlotId(0): num_blocks - 2, SlotId(3): 2})
@@ -925,8 +995,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget = self.config.max_num_batched_tokens
         assert budget is None or plan.num_tokens <= budget
         assert self.scheduler.load().num_running <= self.max_running()
-        in_flight = [chunk.request_id for flight in self.flights for chunk in flight.chunks]
-        assert len(in_flight) == len(set(in_flight)), "a request is in two microbatches"
+        self.check_chains()
+
+    def check_chains(self) -> None:
+        """A request is in one microbatch, or its chunks follow each other."""
+        reached: dict[RequestId, int] = {}
+        for chunk in (chunk for flight in self.flights for chunk in flight.chunks):
+            follows = chunk.request_id in reached
+            assert self.config.chain_chunks or not follows
+            assert reached.get(chunk.request_id, chunk.context_len) == chunk.context_len
+            is_last = chunk.samples
+            reached[chunk.request_id] = -1 if is_last else chunk.context_len + len(chunk.token_ids)
 
     def max_running(self) -> int:
         return self.config.max_num_seqs

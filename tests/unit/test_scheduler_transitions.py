@@ -19,6 +19,7 @@ from hypothesis.stateful import initialize, invariant, precondition, rule
 from kunserve.core.errors import AccountingError, ConfigError
 from kunserve.core.ids import BlockId, Epoch, RequestId, SlotId
 from kunserve.core.memory import PageRun, pages_of, runs_of
+from kunserve.core.policy import Batching, BatchOrder
 from kunserve.core.request import Request
 from kunserve.core.step import BlockMove, StepPlan, StepResult
 from kunserve.core.transition import AdoptedRequest, FrozenRequest, Home
@@ -729,6 +730,9 @@ class TransitionMachine(SchedulerMachine):
         caching=st.sampled_from([True, True, False]),
         watermark=st.sampled_from([0.0, 0.2]),
         stages=st.sampled_from([1, 2, 3]),
+        order=st.sampled_from(BatchOrder),
+        batching=st.sampled_from(Batching),
+        chained=st.booleans(),
         max_moves=st.sampled_from([1, 2, 64]),
     )
     def build(self, max_moves: int, **limits: object) -> None:  # type: ignore[override]
