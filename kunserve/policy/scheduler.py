@@ -857,7 +857,6 @@ class Scheduler:
             self._enqueue(state)
         else:
             self._give_up_host_blocks(state)
-            self._publish(state)
 
     def _give_up_host_blocks(self, state: _RequestState) -> None:
         self._swap.release(state.host_blocks)

@@ -27,11 +27,11 @@ from tests.support.servers import (
 
 pytestmark = pytest.mark.timeout(300)  # a busy machine is slow, not wrong
 
-NUM_STREAMS = 8
+NUM_STREAMS = 12
 BODIES: list[dict[str, Any]] = [
     {
-        "prompt": [(7 * index + position) % 256 for position in range(40 + 14 * index)],
-        "max_tokens": 160,
+        "prompt": [(7 * index + position) % 256 for position in range(20 + 6 * index)],
+        "max_tokens": 140,
         "temperature": 0.0 if index % 2 else 0.9,
         "seed": index,
         "logprobs": 2,
@@ -54,10 +54,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 @pytest.fixture(scope="module")
 def calm(server: ServerProcess) -> list[Answer]:
-    """Two streams at a time: nothing is preempted."""
+    """Three streams at a time: nothing is preempted."""
     answers = []
-    for first in range(0, NUM_STREAMS, 2):
-        with StreamLoad(server.url, BODIES[first : first + 2]) as load:
+    for first in range(0, NUM_STREAMS, 3):
+        with StreamLoad(server.url, BODIES[first : first + 3]) as load:
             load.result()
         answers += load.answers
     assert totals(server)["num_preemptions_total"] == 0
@@ -96,7 +96,7 @@ def test_tokens_and_logprobs_are_those_without_preemption(
 def test_clients_that_leave_in_the_middle_of_it_leave_nothing_behind(
     server: ServerProcess, calm: list[Answer]
 ) -> None:
-    leave_after = {index: 20 + 15 * index for index in range(1, NUM_STREAMS, 2)}
+    leave_after = {index: 20 + 10 * index for index in range(1, NUM_STREAMS, 2)}
     with StreamLoad(server.url, BODIES, leave_after) as load:
         load.result()
     for index, (answer, expected) in enumerate(zip(load.answers, calm, strict=True)):
@@ -107,21 +107,33 @@ def test_clients_that_leave_in_the_middle_of_it_leave_nothing_behind(
     server.wait_idle()
 
 
-def some_are_swapped(server: ServerProcess, instance: int) -> bool:
-    """At the last report of the instance, a request of it was in host memory."""
+def went_and_not_come(server: ServerProcess) -> list[float]:
+    """Requests of each instance that went to host memory and did not come back so far."""
     values = server.metrics()
-    went = values["num_swapped_out_total", str(instance)]
-    return went > values["num_swapped_in_total", str(instance)]
+    return [
+        values["num_swapped_out_total", instance] - values["num_swapped_in_total", instance]
+        for instance in "01"
+    ]
+
+
+def wait_swapped(server: ServerProcess, before: list[float]) -> int:
+    """Wait until an instance has more of them than before; the instance."""
+
+    def swapping() -> list[int]:
+        now = went_and_not_come(server)
+        return [instance for instance in (0, 1) if now[instance] > before[instance]]
+
+    instance: int = until(swapping, "a request in host memory", 60.0)[0]
+    return instance
 
 
 def test_a_merge_finds_swapped_requests_and_computes_them_again(
     server: ServerProcess, calm: list[Answer]
 ) -> None:
+    before = went_and_not_come(server)
     with Layouts(server) as layouts:
         with StreamLoad(server.url, BODIES) as load:
-            until(
-                lambda: some_are_swapped(server, 0) or some_are_swapped(server, 1), "a swap", 60.0
-            )
+            wait_swapped(server, before)
             layouts.drop()
             load.result()
         assert_same(load.answers, calm)
@@ -136,10 +148,10 @@ def test_a_merge_finds_swapped_requests_and_computes_them_again(
 def test_an_instance_that_is_killed_while_it_swaps(
     server: ServerProcess, calm: list[Answer]
 ) -> None:
-    """Last: its counters of what came back are short of those of what went."""
-    victim = server.instances()[0]
-    with StreamLoad(server.url, BODIES) as load:
-        until(lambda: some_are_swapped(server, 0) or some_are_swapped(server, 1), "a swap", 60.0)
+    before = went_and_not_come(server)
+    with Layouts(server) as layouts, StreamLoad(server.url, BODIES) as load:
+        victim = layouts.pids()[wait_swapped(server, before)]
+        assert victim is not None
         os.kill(victim, signal.SIGKILL)
         load.result()
     assert_same(load.answers, calm)

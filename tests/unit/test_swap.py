@@ -183,13 +183,13 @@ def test_a_swapped_request_comes_back_with_its_computed_tokens() -> None:
 def test_nobody_is_admitted_while_a_victim_leaves() -> None:
     scheduler = two_that_fill_it()
     scheduler.add(make_request("c", 1, max_tokens=1, arrival_ns=9))
-    order = out_of(scheduler)
-    assert sizes(step(scheduler)[0]) == {"a": 1}
-    scheduler.copied(order.transfer)
-    plans = run_to_end(scheduler)
-    (first,) = [plan for plan in plans if "c" in sizes(plan)]
-    assert "a" not in sizes(first)  # only when a had ended: b, which was there before c, came first
-    assert scheduler.load().swapped_in == 1
+    leaving = out_of(scheduler)
+    scheduler.abort(A)
+    assert scheduler.schedule(0) is None  # c would have room
+    scheduler.copied(leaving.transfer)
+    plan, _ = step(scheduler)
+    (coming,) = scheduler.take_copies()  # b was there before c, and has its blocks
+    assert (sizes(plan), coming.to_host) == ({"c": 1}, False)
 
 
 def test_who_needs_room_waits_for_a_copy_that_is_late() -> None:
