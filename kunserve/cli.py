@@ -1,6 +1,6 @@
 """The command line: `kunserve serve`, `kunserve top`, `kunserve demo`, `kunserve bench engine`,
 `kunserve bench serve`, `kunserve bench transition`, `kunserve bench pipeline`,
-`kunserve bench decisions`, `kunserve bench overload`."""
+`kunserve bench decisions`, `kunserve bench bubbles`, `kunserve bench overload`."""
 
 from __future__ import annotations
 
@@ -76,6 +76,11 @@ COMMANDS = (
         ("bench", "overload"),
         "kunserve.bench.overload",
         "the same burst under each policy, side by side",
+    ),
+    Command(
+        ("bench", "bubbles"),
+        "kunserve.bench.bubbles",
+        "idle time of a pipeline's stages, by token count and by lookahead",
     ),
 )
 

@@ -131,6 +131,7 @@ def cluster_settings(plan: ServePlan) -> ClusterSettings:
             enable_prefix_caching=config.enable_prefix_caching,
             batching=Batching(config.batching),
             batch_order=BatchOrder(config.batch_order),
+            chain_chunks=Batching(config.batching) is Batching.LOOKAHEAD,
             host_blocks=_host_blocks(plan),
         ),
         controller=ControllerConfig(

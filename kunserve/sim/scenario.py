@@ -7,7 +7,7 @@ from random import Random
 
 from kunserve.core.events import InstanceDrainWished, LayoutWished, WishKind
 from kunserve.core.ids import InstanceId, RequestId
-from kunserve.core.policy import PolicyName
+from kunserve.core.policy import Batching, PolicyName
 from kunserve.core.request import Request, SamplingParams
 from kunserve.policy.book import ControllerConfig
 from kunserve.policy.cost_model import CostModel
@@ -244,6 +244,7 @@ def _draw_instance(rng: Random) -> SimInstanceConfig:
         step_time_target_ns=rng.randint(10, 60) * MILLISECOND_NS,
         watermark_fraction=rng.choice((0.0, 0.01, 0.2)),
         enable_prefix_caching=rng.random() < 0.8,
+        batching=Batching.LOOKAHEAD if budget is None or budget % 2 else Batching.TOKEN_COUNT,
     )
     cost_model = CostModel(
         alpha_ns=rng.uniform(0, 20) * MICROSECOND_NS,
