@@ -33,7 +33,8 @@ GOOD_ERROR = 0.04
 """Mean error on its own samples up to which a quick fit is taken as it is."""
 
 LONG_STEP_NS = 500_000_000
-"""A step as long as this has many layers' worth of chances already: two repeats are enough."""
+LONG_STEP_RUNS = 2
+"""A step as long as this is hit and missed by disturbances within each run: these are enough."""
 
 Shapes = tuple[ChunkShape, ...]
 
@@ -85,6 +86,7 @@ class TimedStep:
         self._chunks = chunks
         self._least_ns: list[int] = []
         self.last_ns = 0
+        self.runs = 0
 
     @property
     def num_tokens(self) -> int:
@@ -128,6 +130,7 @@ class TimedStep:
         mark()
         self.last_ns = marks_ns[-1] - begin_ns
         if is_counted:
+            self.runs += 1
             spans_ns = [end_ns - start_ns for start_ns, end_ns in pairwise(marks_ns)]
             self._least_ns = list(map(min, spans_ns, self._least_ns or spans_ns))
 
@@ -156,41 +159,53 @@ def make_step(engine: Engine, shapes: Shapes, layers: LayerRange | None = None) 
     return TimedStep(engine, shapes, chunks, layers)
 
 
-def run_rounds(steps: Sequence[TimedStep], rounds: int, is_over: Callable[[], bool]) -> None:
-    """Run every step once a round, until `is_over`; long ones in the first two rounds only."""
-    for number in range(rounds):
-        for step in steps:
-            if is_over():
-                return
-            if number < 2 or step.last_ns < LONG_STEP_NS:
-                step.run()
-
-
 @dataclass(frozen=True)
-class QuickFit:
-    """A cost model from `num_samples` steps; `mean_error` is its mean relative error on them."""
+class Fit:
+    """A cost model and the samples that it was fitted to."""
 
     cost_model: CostModel
-    num_samples: int
-    mean_error: float
+    samples: tuple[StepSample, ...]
+
+    @property
+    def mean_error(self) -> float:
+        """Mean relative error on its own samples, without signs."""
+        return statistics.fmean(abs(self.cost_model.relative_error(s)) for s in self.samples)
 
 
-def quick_fit(engine: Engine, budget_ns: int = QUICK_FIT_BUDGET_NS) -> QuickFit:
+def quick_fit(engine: Engine, budget_ns: int = QUICK_FIT_BUDGET_NS) -> Fit:
     """Time a few steps on the real weights and fit the cost model (paper section 5, design 5).
 
-    Layers and head are timed apart, so that the cost of any stage follows. A fit with a large error
-    comes from a disturbed measurement: then the steps are timed again, at most for as long again.
+    Layers and head are timed apart, so that the cost of any stage follows.
     """
     clock = step_clock(engine)
     end_ns = clock() + budget_ns
     steps = first_runs(engine, _QUICK_SHAPES, lambda: clock() > end_ns)
-    run_rounds(steps, QUICK_FIT_ROUNDS - 1, lambda: clock() > end_ns)
-    fit = _fit(steps)
+    for _ in range(QUICK_FIT_ROUNDS - 1):
+        run_round(steps, lambda: clock() > end_ns)
     again_end_ns = clock() + budget_ns
-    while fit.mean_error > GOOD_ERROR and clock() < again_end_ns:
-        run_rounds(steps, 1, lambda: clock() > again_end_ns)
-        fit = _fit(steps)
-    return fit
+    return fit_steps(steps, lambda: clock() > again_end_ns)
+
+
+def fit_steps(steps: Sequence[TimedStep], is_over: Callable[[], bool]) -> Fit:
+    """Fit the cost model to steps that ran at least once.
+
+    A large error means that the measurement was disturbed: the steps run again, until `is_over`.
+    """
+    while True:
+        samples = tuple(step.sample for step in steps)
+        fit = Fit(CostModel.fit(samples), samples)
+        if fit.mean_error <= GOOD_ERROR or is_over():
+            return fit
+        run_round(steps, is_over)
+
+
+def run_round(steps: Sequence[TimedStep], is_over: Callable[[], bool]) -> None:
+    """Run every step once more, until `is_over`; long ones only `LONG_STEP_RUNS` times in all."""
+    for step in steps:
+        if is_over():
+            return
+        if step.runs < LONG_STEP_RUNS or step.last_ns < LONG_STEP_NS:
+            step.run()
 
 
 def first_runs(
@@ -211,10 +226,3 @@ def first_runs(
         if is_over():
             break
     return steps
-
-
-def _fit(steps: Sequence[TimedStep]) -> QuickFit:
-    samples = [step.sample for step in steps]
-    cost_model = CostModel.fit(samples)
-    error = statistics.fmean(abs(cost_model.relative_error(sample)) for sample in samples)
-    return QuickFit(cost_model, len(samples), error)
