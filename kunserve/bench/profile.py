@@ -45,20 +45,10 @@ from kunserve.runtime.profiles import (
 )
 from kunserve.runtime.step_costs import kind_of
 from kunserve.worker.engine import Engine
-from kunserve.worker.profile import (
-    Fit,
-    TimedStep,
-    fit_steps,
-    make_step,
-    quick_fit,
-    run_round,
-    step_clock,
-)
+from kunserve.worker.profile import Fit, StepTimer, TimedStep, quick_fit
 from kunserve.worker.settings import EngineSettings, plan_instance_memory, resolve_max_model_len
 
 SCHEMA = "kunserve.bench.profile/1"
-ROUNDS = 3
-"""Times of each step, more where they do not fit together."""
 MIXED_STEPS = 18
 """Random microbatches among the steps that are fitted."""
 HELD_BACK_STEPS = 42
@@ -111,11 +101,15 @@ def measure(engine: Engine, options: ProfileOptions, log: Log) -> ProfileResult:
     """Measure, fit, and test if wanted.
 
     Raises:
-        ConfigError: the KVCache does not hold a single step of the grid.
+        ConfigError: no step was timed: the KVCache holds none, or there is no time.
     """
+    timer = StepTimer(engine)
     share = FIT_SHARE if options.held_back else 1.0
-    deadline = _deadline(engine, share * options.seconds)
-    fit = _measure_grid(engine, options.seed, deadline, log)
+    budget_ns = int(options.seconds * 1e9)
+    is_over = timer.deadline(int(share * budget_ns))
+    steps = _steps_to_fit(timer, options.seed)
+    _run(timer, steps, is_over, log)
+    fit = Fit.of(timer, steps)
     rivals: dict[str, CostModel] = {}
     predictions: tuple[Prediction, ...] = ()
     if options.held_back:
@@ -125,75 +119,66 @@ def measure(engine: Engine, options: ProfileOptions, log: Log) -> ProfileResult:
             TOKENS: CostModel.fit_token_count(fit.samples),
         }
         models = {FITTED: fit.cost_model, **rivals}
-        deadline = _deadline(engine, (1.0 - share) * options.seconds)
-        predictions = _measure_held_back(engine, options.seed, models, deadline, log)
+        is_over = timer.deadline(int((1.0 - share) * budget_ns))
+        steps = _held_back_steps(timer, options.seed, engine.spec.num_layers)
+        _run(timer, steps, is_over, log)
+        predictions = _predict(steps, fit.reference_ns, models, engine.spec.num_layers)
     profile = Profile(
         kind=kind_of(engine),
         measured_at=now_text(),
         cost_model=fit.cost_model,
+        slowness=timer.slowness,
         fitted=summarize([fit.cost_model.relative_error(sample) for sample in fit.samples]),
         held_back=summarize([one.error(FITTED) for one in predictions]) if predictions else None,
     )
     return ProfileResult(profile, fit, rivals, predictions)
 
 
-def _deadline(engine: Engine, seconds: float) -> Callable[[], bool]:
-    """True once the steps have taken this long from now on, by the clock that times them."""
-    clock = step_clock(engine)
-    end_ns = clock() + int(seconds * 1e9)
-    return lambda: clock() > end_ns
-
-
-def _measure_grid(engine: Engine, seed: int, is_over: Callable[[], bool], log: Log) -> Fit:
+def _steps_to_fit(timer: StepTimer, seed: int) -> list[TimedStep]:
     rng = random.Random(f"fitted {seed}")
     mixed = islice(mixed_steps(rng), MIXED_STEPS)
-    found = (make_step(engine, shapes) for shapes in (*grid_steps(), *mixed))
-    steps = [step for step in found if step is not None]
-    if not steps:
-        raise ConfigError("no step fits the KVCache; raise --kv-cache-memory-bytes")
-    rng.shuffle(steps)  # where time ends early, what was measured is still of all kinds
-    log(f"{len(steps)} steps to fit")
-    timed = _run(steps, is_over, log)
-    return fit_steps(timed, is_over)
+    steps = [timer.make_step(shapes) for shapes in (*grid_steps(), *mixed)]
+    held = [step for step in steps if step is not None]
+    rng.shuffle(held)  # where time ends early, what was measured is still of all kinds
+    return held
 
 
-def _measure_held_back(
-    engine: Engine,
-    seed: int,
+def _held_back_steps(timer: StepTimer, seed: int, num_layers: int) -> list[TimedStep]:
+    wanted = held_back_steps(seed, HELD_BACK_STEPS, num_layers)
+    steps = [timer.make_step(one.shapes, one.layers) for one in wanted]
+    return [step for step in steps if step is not None]
+
+
+def _run(
+    timer: StepTimer, steps: Sequence[TimedStep], is_over: Callable[[], bool], log: Log
+) -> None:
+    """Run the steps until all are settled or `is_over`."""
+    log(f"{len(steps)} steps")
+    if steps:
+        timer.warm_up([max(steps, key=lambda step: step.num_tokens)])
+    while timer.run_round(steps, is_over):
+        log(f"{sum(step.is_settled for step in steps)} of them measured")
+    missing = sum(not step.has_run for step in steps)
+    if missing:
+        log(f"no time for {missing} of them; raise --seconds")
+
+
+def _predict(
+    steps: Sequence[TimedStep],
+    reference_ns: float,
     models: dict[str, CostModel],
-    is_over: Callable[[], bool],
-    log: Log,
+    num_layers: int,
 ) -> tuple[Prediction, ...]:
-    num_layers = engine.spec.num_layers
-    pairs = []
-    for held_back in held_back_steps(seed, HELD_BACK_STEPS, num_layers):
-        step = make_step(engine, held_back.shapes, held_back.layers)
-        if step is not None:
-            pairs.append((held_back, step))
-    log(f"{len(pairs)} held-back steps")
-    timed = set(_run([step for _, step in pairs], is_over, log)) if pairs else set()
     predictions = []
-    for held_back, step in pairs:
-        if step not in timed:
+    for step in steps:
+        if not step.has_run:
             continue
-        stage = (len(held_back.layers), num_layers, step.is_leader)
-        predicted_ns = {
-            name: model.stage_ns(held_back.shapes, *stage) for name, model in models.items()
-        }
-        predictions.append(Prediction(held_back, step.least_ns, predicted_ns))
+        stage = (len(step.layers), num_layers, step.is_leader)
+        predicted_ns = {name: model.stage_ns(step.shapes, *stage) for name, model in models.items()}
+        held_back = HeldBackStep(step.shapes, step.layers)
+        measured_ns = step.sample(reference_ns).elapsed_ns
+        predictions.append(Prediction(held_back, measured_ns, predicted_ns))
     return tuple(predictions)
-
-
-def _run(steps: Sequence[TimedStep], is_over: Callable[[], bool], log: Log) -> list[TimedStep]:
-    """Run the steps in rounds; those that ran at least once before `is_over`."""
-    max(steps, key=lambda step: step.num_tokens).run(is_counted=False)
-    for number in range(ROUNDS):
-        log(f"round {number + 1} of {ROUNDS}")
-        run_round(steps, is_over)
-    timed = [step for step in steps if step.runs]
-    if len(timed) < len(steps):
-        log(f"time for {len(timed)} of {len(steps)} steps only; raise --seconds")
-    return timed
 
 
 def summarize(errors: Sequence[float]) -> ErrorSummary:
@@ -323,6 +308,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(file=sys.stdout)
     console.print(constants_table(result.profile.cost_model))
     console.print(errors_table(result))
+    console.print(f"the busiest moments were slower by {result.profile.slowness - 1.0:.0%}")
     console.print(f"stored: {path}", soft_wrap=True)
     if args.json:
         text = json.dumps(document(result), indent=1) + "\n"
