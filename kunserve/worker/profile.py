@@ -39,6 +39,8 @@ STEADY_FACTOR = 1.1
 """Two readings of the gauge this far apart at most are equal: it is noisy by a few percent."""
 STEADY_RUNS = 3
 """Steady runs that each step should have."""
+MOST_RUNS = 9
+"""A step that ran as often is left at that."""
 REFERENCE_PERCENTILE = 10
 """Of all readings of the gauge: what it shows when nothing disturbs it."""
 
@@ -46,7 +48,7 @@ Shapes = tuple[ChunkShape, ...]
 
 _GAUGE_SHAPES: Shapes = (ChunkShape(15, 1, False),) * 8
 _QUICK_SHAPES: tuple[Shapes, ...] = (  # where time is short, the first ones tell most
-    (ChunkShape(15, 1, True),),
+    (ChunkShape(0, 1, True),),  # fits any engine
     (ChunkShape(0, 64, True),),
     (ChunkShape(15, 1, True),) * 16,
     (ChunkShape(480, 1, True),) * 8,
@@ -113,8 +115,9 @@ class TimedStep:
 
     @property
     def is_settled(self) -> bool:
-        """It has had its steady runs."""
-        return sum(run.is_steady for run in self._runs) >= STEADY_RUNS
+        """It has had its steady runs, or enough of others."""
+        steady = sum(run.is_steady for run in self._runs)
+        return steady >= STEADY_RUNS or len(self._runs) >= MOST_RUNS
 
     def sample(self, reference_ns: float) -> StepSample:
         """What was measured, of a step that has run, on a machine where the gauge shows this.
@@ -167,7 +170,7 @@ class StepTimer:
         num_layers = engine.spec.num_layers
         self._gauge = self.make_step(
             _GAUGE_SHAPES, LayerRange(max(0, num_layers - GAUGE_LAYERS), num_layers)
-        ) or self.make_step(_GAUGE_SHAPES[:1])
+        ) or self.make_step((ChunkShape(0, 1),))
         self._readings_ns: list[int] = []
 
     def deadline(self, budget_ns: int) -> Callable[[], bool]:
@@ -215,13 +218,17 @@ class StepTimer:
         Returns False if there is nothing left to run or no time.
         """
         pending = [step for step in steps if not step.is_settled]
-        for step in pending:
+        self.run_all(pending, is_over)
+        return bool(pending) and not is_over()
+
+    def run_all(self, steps: Sequence[TimedStep], is_over: Callable[[], bool]) -> None:
+        """Run the steps once, until `is_over`."""
+        for step in steps:
             if is_over():
-                return False
+                return
             before_ns = self._readings_ns[-1]
             spans_ns = step.run(self.clock)
             step.add(_Run(spans_ns, before_ns, self._read_gauge()))
-        return bool(pending)
 
     def _read_gauge(self) -> int:
         assert self._gauge is not None, "a KVCache holds one token"
@@ -280,18 +287,16 @@ def quick_fit(engine: Engine, budget_ns: int = QUICK_FIT_BUDGET_NS) -> Fit:
         if step is None:
             continue
         timer.warm_up((step,))
-        timer.run_round((step,), lambda: False)
+        timer.run_all((step,), lambda: False)
         steps.append(step)
         if is_over():
             break
-    fit = _fit_rounds(timer, steps, is_over)
-    if fit.mean_error > GOOD_ERROR:
-        fit = _fit_rounds(timer, steps, timer.deadline(budget_ns))
-    return fit
-
-
-def _fit_rounds(timer: StepTimer, steps: Sequence[TimedStep], is_over: Callable[[], bool]) -> Fit:
-    """Run the steps until all are settled or `is_over`, then fit them."""
     while timer.run_round(steps, is_over):
         pass
-    return Fit.of(timer, steps)
+    fit = Fit.of(timer, steps)
+    if fit.mean_error > GOOD_ERROR:
+        is_over = timer.deadline(budget_ns)
+        for _ in range(STEADY_RUNS):
+            timer.run_all(steps, is_over)
+        fit = Fit.of(timer, steps)
+    return fit
