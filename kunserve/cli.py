@@ -1,6 +1,7 @@
-"""The command line: `kunserve serve`, `kunserve top`, `kunserve demo`, `kunserve bench engine`,
-`kunserve bench serve`, `kunserve bench transition`, `kunserve bench pipeline`,
-`kunserve bench decisions`, `kunserve bench bubbles`, `kunserve bench overload`."""
+"""The command line: `kunserve serve`, `kunserve top`, `kunserve demo`, `kunserve profile`,
+`kunserve bench engine`, `kunserve bench serve`, `kunserve bench transition`,
+`kunserve bench pipeline`, `kunserve bench decisions`, `kunserve bench bubbles`,
+`kunserve bench overload`."""
 
 from __future__ import annotations
 
@@ -47,6 +48,9 @@ COMMANDS = (
     Command(("serve",), "kunserve.server.command", "serve a model over HTTP (OpenAI's API)"),
     Command(("top",), "kunserve.server.top", "watch a running server in the terminal"),
     Command(("demo",), "kunserve.bench.demo", "serve the embedded model and show that it works"),
+    Command(
+        ("profile",), "kunserve.bench.profile", "measure what steps cost here and store the fit"
+    ),
     Command(
         ("bench", "engine"),
         "kunserve.bench.engine",

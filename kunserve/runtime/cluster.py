@@ -113,6 +113,7 @@ class ClusterSettings:
     check_accounting: bool = False
     exchange: str = "coordinated"
     link_gbps: float | None = None
+    profile_directory: str | None = None
 
 
 class Cluster:
@@ -449,6 +450,7 @@ class Cluster:
                 check_accounting=settings.check_accounting,
                 exchange=settings.exchange,
                 link_gbps=settings.link_gbps,
+                profile_directory=settings.profile_directory,
             )
         )
         self._pidfds[child.pidfd] = command.instance
