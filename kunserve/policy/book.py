@@ -178,13 +178,14 @@ class GroupRecord:
 @dataclass
 class RequestRecord:
     """The front's copy of one request. `group` is None while no group can take it. `losses`: of
-    instances in a row, without a token since."""
+    instances in a row, without a token since. `started_ns`: when it first left the queue."""
 
     request: Request
     outputs: list[int]
     group: GroupId | None = None
     started: bool = False
     losses: int = 0
+    started_ns: int | None = None
 
     def lease(self) -> Request:
         """The request with all tokens the client has seen: what a new leader continues from."""

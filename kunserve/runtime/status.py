@@ -19,8 +19,9 @@ class InstanceStatus:
 
     `state` is "starting", "ready", "resetting", "draining", "drained", "waiting for restart" or
     "dead". `load` is the group's, on its leader alone; `timing` is each instance's own. `pages` by
-    kind of owner: "part", "kv", "free", ... . `heartbeat_age_s` counts from the last message of the
-    instance to the moment of the snapshot.
+    kind of owner: "part", "kv", "free", ... . `costs`: constants of its cost model, as in
+    `InstanceReady`. `heartbeat_age_s` counts from the last message of the instance to the moment
+    of the snapshot.
     """
 
     instance: InstanceId
@@ -30,6 +31,7 @@ class InstanceStatus:
     load: GroupLoad | None
     timing: StepTiming = StepTiming()
     pages: Mapping[str, int] = field(default_factory=dict)
+    costs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,16 @@ class GroupStatus:
     num_requests: int
     load: GroupLoad | None
     in_transition: str | None = None
+
+    @property
+    def used_blocks(self) -> int:
+        """Blocks that requests refer to; none while the group has not reported."""
+        return self.load.total_blocks - self.load.available_blocks if self.load else 0
+
+    @property
+    def queued_blocks(self) -> int:
+        """Blocks that its waiting requests need for all tokens known so far."""
+        return self.load.queued_blocks if self.load else 0
 
 
 @dataclass(frozen=True)
@@ -80,6 +92,18 @@ class DecisionTotals:
 
 
 @dataclass(frozen=True)
+class MigrationTotals:
+    """Sums over all migrations since the start. `outcomes`: count by outcome; `moved_bytes`: KV
+    that was copied for them; `redispatched`: requests that were taken back from a queue.
+    `num_running`: under way now."""
+
+    num_running: int = 0
+    outcomes: Mapping[str, int] = field(default_factory=dict)
+    moved_bytes: int = 0
+    redispatched: int = 0
+
+
+@dataclass(frozen=True)
 class ClusterView:
     """The cluster at `at_ns` on the monotonic clock: a controller that stands still shows by its
     view growing old. `cpu_ns` is the time that the controller's thread has computed."""
@@ -93,6 +117,7 @@ class ClusterView:
     block_size: int = 0
     dropped_bytes: int = 0
     totals: TransitionTotals = TransitionTotals()
+    migrations: MigrationTotals = MigrationTotals()
     last_transition: TransitionRecord | None = None
     cpu_ns: int = 0
     at_ns: int = 0

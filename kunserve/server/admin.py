@@ -139,8 +139,10 @@ async def read_body(request: Request, model: type[BodyT]) -> BodyT:
 
 
 def layout_json(view: ClusterView) -> dict[str, Any]:
-    """The layout as GET /admin/layout shows it. Layers are half-open, capacities in tokens."""
+    """The layout as GET /admin/layout shows it, at `at_ns` of the monotonic clock. Layers are
+    half-open, capacities in tokens, `costs_ns` the constants of the cost model."""
     return {
+        "at_ns": view.at_ns,
         "epoch": view.epoch,
         "groups": [_group_json(group, view.block_size) for group in view.groups],
         "instances": [_instance_json(instance) for instance in view.instances],
@@ -161,7 +163,10 @@ def _group_json(status: GroupStatus, block_size: int) -> dict[str, Any]:
         ],
         "kv_tokens": status.kv_blocks * block_size,
         "kv_tokens_whole": status.whole_blocks * block_size,
+        "kv_tokens_used": status.used_blocks * block_size,
+        "kv_tokens_queued": status.queued_blocks * block_size,
         "num_requests": status.num_requests,
+        "num_waiting": status.load.num_waiting if status.load else 0,
         "in_transition": status.in_transition,
     }
 
@@ -172,6 +177,7 @@ def _instance_json(status: InstanceStatus) -> dict[str, Any]:
         "pid": status.pid,
         "state": status.state,
         "pages": dict(status.pages),
+        "costs_ns": list(status.costs),
     }
 
 

@@ -98,6 +98,7 @@ class EngineCollector(Collector):
         yield from self._group_gauges(status)
         yield from self._transition_counters(status)
         yield from overload_families(PREFIX, self._model_name, status)
+        yield from self._migration_counters(status)
 
     def _load_gauges(self, instances: tuple[InstanceStatus, ...]) -> Iterable[Metric]:
         gauges: dict[str, tuple[str, Callable[[GroupLoad], float]]] = {
@@ -177,13 +178,17 @@ class EngineCollector(Collector):
         """KVCache of the cluster, beside what it would be if no parameters were dropped."""
         capacity = sum(group.kv_blocks for group in status.groups) * status.block_size
         whole = sum(group.whole_blocks for group in status.groups) * status.block_size
-        used = sum(_used_blocks(group) for group in status.groups) * status.block_size
+        used = sum(group.used_blocks for group in status.groups) * status.block_size
+        queued = sum(group.queued_blocks for group in status.groups) * status.block_size
         gauges = {
             "kv_capacity_tokens": ("KV cache of all groups now, in tokens", capacity),
             "kv_capacity_tokens_whole": (
                 "KV cache that the same instances have without a drop, in tokens", whole,
             ),
             "kv_used_tokens": ("KV cache in use, in tokens", used),
+            "kv_queued_tokens": (
+                "KV cache that waiting requests need for their tokens so far, in tokens", queued,
+            ),
             "kv_capacity_usage_perc": (
                 "Share of kv_capacity_tokens in use; 1 means all of it", _share(used, capacity),
             ),
@@ -259,6 +264,29 @@ class EngineCollector(Collector):
             counter.add_metric([self._model_name], value)
             yield counter
 
+    def _migration_counters(self, status: EngineStatus) -> Iterable[Metric]:
+        """Requests that moved between instances, with `--policy migrate`."""
+        totals = status.migrations
+        yield self._one("num_migrations_running", "Live migrations under way", totals.num_running)
+        outcomes = CounterMetricFamily(
+            PREFIX + "migrations",
+            "Live migrations of running requests that ended",
+            labels=("model_name", "outcome"),
+        )
+        for outcome, number in totals.outcomes.items():
+            outcomes.add_metric([self._model_name, outcome], number)
+        yield outcomes
+        counters = {
+            "migrated_bytes": ("KV copied by live migrations", totals.moved_bytes),
+            "redispatched_requests": (
+                "Queued requests taken back from an instance for another one", totals.redispatched,
+            ),
+        }  # fmt: skip
+        for name, (text, value) in counters.items():
+            counter = CounterMetricFamily(PREFIX + name, text, labels=_LABELS)
+            counter.add_metric([self._model_name], value)
+            yield counter
+
     def _front_counters(self, controller_cpu_s: float) -> Iterable[Metric]:
         """CPU time of the front's threads. Scraped on the HTTP thread, so that its own counts."""
         seconds = {
@@ -293,11 +321,6 @@ class EngineCollector(Collector):
 
 def _is_ready(instance: InstanceStatus) -> float:
     return float(instance.state == "ready")
-
-
-def _used_blocks(group: GroupStatus) -> int:
-    """Blocks that requests refer to; none while the group has not reported."""
-    return group.load.total_blocks - group.load.available_blocks if group.load else 0
 
 
 def _share(part: float, whole: float) -> float:
@@ -340,6 +363,11 @@ class ServerMetrics:
         self.refused = {kind: refused.labels(model_name, kind) for kind in _REFUSALS}
         self.ttft = histogram(
             "time_to_first_token_seconds", "Arrival to first token", _TTFT_BUCKETS
+        )
+        self.queue_time = histogram(
+            "request_queue_time_seconds",
+            "Arrival to leaving the queue for the first step, of requests with a token",
+            _REQUEST_BUCKETS,
         )
         self.inter_token = histogram(
             "inter_token_latency_seconds", "Between deliveries of tokens", _TOKEN_BUCKETS
@@ -469,6 +497,10 @@ class SequenceTimer:
         self._last_s = now
         self._count += count
         self._metrics.generation_tokens.inc(count)
+
+    def queued(self, elapsed_s: float) -> None:
+        """The sequence waited so long for its first step."""
+        self._metrics.queue_time.observe(elapsed_s)
 
     def end(self, reason: str) -> None:
         """The sequence ended; only the first call counts."""

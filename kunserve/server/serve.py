@@ -33,6 +33,7 @@ from kunserve.runtime.cluster import Cluster, ClusterSettings
 from kunserve.runtime.model_config import load_model_spec
 from kunserve.runtime.model_source import ResolvedModel, default_cache_dir, resolve_model
 from kunserve.runtime.process import raise_file_limit
+from kunserve.runtime.profiles import profile_directory
 from kunserve.runtime.stats_log import CounterSums, StatsLogger
 from kunserve.server.admin import create_admin_app
 from kunserve.server.app import create_app
@@ -89,12 +90,15 @@ def make_plan(config: ServeConfig, progress: Callable[[str], None]) -> ServePlan
     Raises:
         ConfigError, ModelLoadError, ModelNotSupportedError: with the flag or file at fault.
     """
-    cache = Path(config.cache_dir) if config.cache_dir else default_cache_dir(os.environ)
-    model = resolve_model(config.model, cache, progress)
+    model = resolve_model(config.model, _cache_dir(config), progress)
     spec = load_model_spec(model.directory)
     memory = plan_instance_memory(spec, config.block_size, config.kv_bytes, config.memory_bytes)
     limit = resolve_max_model_len(spec, memory, config.block_size, config.max_model_len)
     return ServePlan(config, model, spec, memory, limit)
+
+
+def _cache_dir(config: ServeConfig) -> Path:
+    return Path(config.cache_dir) if config.cache_dir else default_cache_dir(os.environ)
 
 
 def cluster_settings(plan: ServePlan) -> ClusterSettings:
@@ -131,6 +135,7 @@ def cluster_settings(plan: ServePlan) -> ClusterSettings:
             enable_prefix_caching=config.enable_prefix_caching,
             batching=Batching(config.batching),
             batch_order=BatchOrder(config.batch_order),
+            chain_chunks=Batching(config.batching) is Batching.LOOKAHEAD,
             host_blocks=_host_blocks(plan),
         ),
         controller=ControllerConfig(
@@ -160,6 +165,7 @@ def cluster_settings(plan: ServePlan) -> ClusterSettings:
         check_accounting=config.check_accounting,
         exchange=config.exchange,
         link_gbps=config.link_gbps,
+        profile_directory=str(profile_directory(_cache_dir(config))),
     )
 
 

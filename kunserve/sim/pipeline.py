@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from kunserve.core.ids import BlockId, Epoch, InstanceId, RequestId, SlotId
+from kunserve.core.ids import Epoch, InstanceId, RequestId, SlotId
 from kunserve.core.layout import LayerRange, Stage
 from kunserve.core.request import Request, SamplingParams
 from kunserve.core.step import Chunk, SampledToken, StepPlan, StepResult
@@ -176,7 +176,7 @@ class _Pipeline:
     def _start(self, stage: int) -> None:
         """The next work of a stage; a head does not wait for the layers under way."""
         ready, active = self._ready[stage], self._active[stage]
-        if not ready or self._head is not None and stage == 0:
+        if not ready or (self._head is not None and stage == 0):
             return
         if active is None:
             self._active[stage] = self._begin(stage, ready.popleft())
