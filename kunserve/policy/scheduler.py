@@ -1580,7 +1580,8 @@ class Scheduler:
         self._swap.check((state.host_blocks for state in states), swapping)
         for state in states:
             name, is_held = state.request.id, bool(state.host_blocks)
-            if is_held != (state.is_swapping if state.is_running else state.computed_tokens > 0):
+            is_here = state.is_running or name in self._taken_out
+            if is_held != (state.is_swapping if is_here else state.computed_tokens > 0):
                 raise AccountingError(f"request {name} has host blocks without need, or lacks them")
             if is_held and len(state.host_blocks) != self._blocks_for(state.computed_tokens):
                 raise AccountingError(f"request {name} has {len(state.host_blocks)} host blocks")
