@@ -313,7 +313,7 @@ class MigrateGovernor(Governor):
         reserved = self._blocks_for(_known_tokens(request)) + 1
         if migration.stages == 1:
             group = self._book.groups[target.group]
-            group.lease(reserved)
+            group.expect(reserved)
         yield PullBlocks(
             instance=target.instance,
             migration=migration.id,
