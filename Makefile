@@ -27,10 +27,10 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	test -x $(BIN)/pip || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); }
 	@echo "installing into $(VENV) (torch first; a minute or two)"
 	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
-	$(PIP) --editable '.[dev]'
+	$(PIP) --editable '.[dev,bench]'
 	@touch $@
 
-demo: install  ## serve the embedded model, ask it, load it a little, show latencies
+demo: install  ## ask the embedded model; the same burst under recompute and kunserve (4 min)
 	$(BIN)/kunserve demo
 
 check: install  ## format, lint, types, layer contract

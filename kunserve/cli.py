@@ -1,6 +1,7 @@
-"""The command line: `kunserve serve`, `kunserve top`, `kunserve demo`, `kunserve bench engine`,
-`kunserve bench serve`, `kunserve bench transition`, `kunserve bench pipeline`,
-`kunserve bench bubbles`."""
+"""The command line: `kunserve serve`, `kunserve top`, `kunserve demo`, `kunserve profile`,
+`kunserve bench engine`, `kunserve bench serve`, `kunserve bench transition`,
+`kunserve bench pipeline`, `kunserve bench decisions`, `kunserve bench bubbles`,
+`kunserve bench overload`."""
 
 from __future__ import annotations
 
@@ -48,6 +49,9 @@ COMMANDS = (
     Command(("top",), "kunserve.server.top", "watch a running server in the terminal"),
     Command(("demo",), "kunserve.bench.demo", "serve the embedded model and show that it works"),
     Command(
+        ("profile",), "kunserve.bench.profile", "measure what steps cost here and store the fit"
+    ),
+    Command(
         ("bench", "engine"),
         "kunserve.bench.engine",
         "speed of one instance beside the machine's limits",
@@ -66,6 +70,16 @@ COMMANDS = (
         ("bench", "pipeline"),
         "kunserve.bench.pipeline",
         "throughput of two whole instances against the merged pair",
+    ),
+    Command(
+        ("bench", "decisions"),
+        "kunserve.bench.decisions",
+        "time of drop plans and of load reports in the controller",
+    ),
+    Command(
+        ("bench", "overload"),
+        "kunserve.bench.overload",
+        "the same burst under each policy, side by side",
     ),
     Command(
         ("bench", "bubbles"),

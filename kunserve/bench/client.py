@@ -306,39 +306,43 @@ async def _http_error(response: httpx.Response) -> RequestError:
 
 
 class _Clients:
-    """Clients of one connection each, reused by the request that comes next.
+    """Clients of one connection each, reused by the request that comes next to the same server.
+    Request number i goes to server i modulo their number.
 
     One shared httpx pool goes through all its connections whenever one is freed: a thousand streams
     that end together hold the event loop for seconds, and that shows up as the server's latency.
     """
 
     def __init__(self, base_url: str, options: LoadOptions) -> None:
-        self._base_url = base_url
+        self._base_urls = base_url.split(",")
         self._options = options
         self._tls = httpx.create_ssl_context(trust_env=False)
-        self._idle: list[httpx.AsyncClient] = []
+        self._idle: list[list[httpx.AsyncClient]] = [[] for _ in self._base_urls]
         self._open = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         # A base URL that is none is refused before the run, not by its first request.
-        self._idle.append(await self._make())
+        for server, idle in enumerate(self._idle):
+            idle.append(await self._make(server))
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._open.aclose()
 
-    async def _make(self) -> httpx.AsyncClient:
-        client = make_client(self._base_url, self._options, self._tls)
+    async def _make(self, server: int) -> httpx.AsyncClient:
+        client = make_client(self._base_urls[server], self._options, self._tls)
         return await self._open.enter_async_context(client)
 
     @contextlib.asynccontextmanager
-    async def borrow(self) -> AsyncIterator[httpx.AsyncClient]:
-        """Lend a client to one request."""
-        client = self._idle.pop() if self._idle else await self._make()
+    async def borrow(self, index: int) -> AsyncIterator[httpx.AsyncClient]:
+        """Lend a client to request number `index`."""
+        server = index % len(self._base_urls)
+        idle = self._idle[server]
+        client = idle.pop() if idle else await self._make(server)
         try:
             yield client
         finally:
-            self._idle.append(client)
+            idle.append(client)
 
 
 class _Run:
@@ -401,7 +405,7 @@ class _Run:
         """Read one answer to its end; a stream that ends without [DONE] was cut."""
         decoder = SseDecoder()
         async with (
-            self._clients.borrow() as client,
+            self._clients.borrow(progress.index) as client,
             client.stream("POST", self._url, content=progress.body) as response,
         ):
             if response.status_code != httpx.codes.OK:
@@ -444,7 +448,7 @@ async def run_load(
     """Send a workload and return what became of every request.
 
     Args:
-        base_url: the server, without `/v1`.
+        base_url: the server, without `/v1`; several, separated by commas, take turns.
         model: the model name sent with each request.
         workload: what to send and when; the run starts at its time 0.
         options: how to send it.

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,7 +24,7 @@ import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
 from kunserve.bench.client import BenchError
-from kunserve.bench.server_state import process_tree_pss
+from kunserve.bench.server_state import process_tree_pss, sample_sums
 from kunserve.core.errors import InstanceFailedError
 from kunserve.runtime.process import end_with_parent
 
@@ -54,21 +54,26 @@ class StageInfo(msgspec.Struct, frozen=True):
 
 
 class GroupInfo(msgspec.Struct, frozen=True):
-    """A group that serves."""
+    """A group that serves; KVCache in tokens."""
 
     id: int
     kv_tokens: int
     num_requests: int
     stages: tuple[StageInfo, ...]
     in_transition: str | None = None
+    kv_tokens_whole: int = 0
+    kv_tokens_used: int = 0
+    kv_tokens_queued: int = 0
+    num_waiting: int = 0
 
 
 class InstanceInfo(msgspec.Struct, frozen=True):
-    """An instance and its process."""
+    """An instance and its process. `costs_ns`: constants of its cost model."""
 
     id: int
     pid: int | None
     state: str
+    costs_ns: tuple[float, ...] = ()
 
 
 class TransitionFigures(msgspec.Struct, frozen=True):
@@ -107,6 +112,7 @@ class LayoutInfo(msgspec.Struct, frozen=True):
     groups: tuple[GroupInfo, ...]
     instances: tuple[InstanceInfo, ...]
     last_transition: TransitionInfo | None = None
+    at_ns: int = 0
 
 
 # ---------------------------------------------------------------- streams
@@ -160,10 +166,14 @@ class Sample:
 
 
 class BenchServer:
-    """A running server. Made by `bench_server`."""
+    """A running server. Made by `bench_server`. `start_line`: what it says that it holds."""
 
-    def __init__(self, pid: int, base_url: str, admin_url: str, key: str, seed: int) -> None:
+    def __init__(
+        self, pid: int, base_url: str, admin_url: str, key: str, seed: int, start_line: str
+    ) -> None:
         self.pid = pid
+        self.base_url = base_url
+        self.start_line = start_line
         self._client = httpx.AsyncClient(
             base_url=base_url,
             timeout=httpx.Timeout(None, connect=10.0),
@@ -178,12 +188,12 @@ class BenchServer:
         )
         self._random = random.Random(seed)
         self._streams: list[Stream] = []
-        self._model = ""
+        self.model = ""
 
     async def open(self) -> None:
         """Learn the model's name."""
         models = (await self._client.get("/v1/models")).json()
-        self._model = models["data"][0]["id"]
+        self.model = models["data"][0]["id"]
 
     async def close(self) -> None:
         """End all streams and connections."""
@@ -198,7 +208,7 @@ class BenchServer:
         it costs front and client nothing per token, and `token_ns` stays empty."""
         stream = Stream(prompt_tokens, time.monotonic_ns())
         body = {
-            "model": self._model,
+            "model": self.model,
             "prompt": [self._random.randrange(*_VOCAB) for _ in range(prompt_tokens)],
             "max_tokens": max_tokens,
             "temperature": 0.0,
@@ -265,9 +275,13 @@ class BenchServer:
             raise BenchError(f"the server has no metrics {[n for n in names if not found[n]]}")
         return tuple(found.values())
 
+    async def totals(self) -> dict[str, float]:
+        """Every metric by the name of its samples without the prefix, summed over its labels."""
+        answer = await self._client.get("/metrics")
+        return sample_sums(answer.text)
+
     async def generated(self) -> Sample:
-        """Tokens generated so far, at the moment of a new snapshot of the controller: it takes one
-        four times a second."""
+        """Tokens generated so far, at the moment of a new snapshot of the controller."""
         before: dict[str, float] = {}
         while True:
             (tokens,) = await self.counters("instance_generation_tokens")
@@ -365,16 +379,19 @@ def compute_cpu_s(pid: int) -> float:
 
 
 @contextlib.asynccontextmanager
-async def bench_server(flags: Sequence[str], seed: int = 0) -> AsyncIterator[BenchServer]:
-    """A server with `flags` besides its ports and key. Ended with the block.
+async def bench_server(
+    flags: Sequence[str], seed: int = 0, environment: Mapping[str, str] | None = None
+) -> AsyncIterator[BenchServer]:
+    """A server with `flags` besides its ports and key, and `environment` beside this process's
+    own. Ended with the block. What it writes goes into a file without a name: nothing is left.
 
     Raises:
         InstanceFailedError: it did not start; the message holds its last line.
     """
     key = secrets.token_hex(16)
-    with tempfile.TemporaryFile() as log, _process(flags, key, log) as process:
+    with tempfile.TemporaryFile() as log, _process(flags, key, log, environment) as process:
         base_url, admin_url = await _wait_until_serving(process, log)
-        server = BenchServer(process.pid, base_url, admin_url, key, seed)
+        server = BenchServer(process.pid, base_url, admin_url, key, seed, _start_line(log))
         await server.open()
         try:
             yield server
@@ -383,11 +400,17 @@ async def bench_server(flags: Sequence[str], seed: int = 0) -> AsyncIterator[Ben
 
 
 @contextlib.contextmanager
-def _process(flags: Sequence[str], key: str, log: BinaryIO) -> Iterator[subprocess.Popen[bytes]]:
+def _process(
+    flags: Sequence[str], key: str, log: BinaryIO, environment: Mapping[str, str] | None
+) -> Iterator[subprocess.Popen[bytes]]:
     command = [sys.executable, "-m", "kunserve.cli", "serve", *flags, "--port", "0"]
     command += ["--admin-port", "0", "--admin-key", key, "--shutdown-timeout", "1"]
     process = subprocess.Popen(
-        command, stdout=log, stderr=log, preexec_fn=end_with_parent(os.getpid())
+        command,
+        stdout=log,
+        stderr=log,
+        env={**os.environ, **(environment or {})},
+        preexec_fn=end_with_parent(os.getpid()),
     )
     try:
         yield process
@@ -403,8 +426,7 @@ def _process(flags: Sequence[str], key: str, log: BinaryIO) -> Iterator[subproce
 async def _wait_until_serving(process: subprocess.Popen[bytes], log: BinaryIO) -> tuple[str, str]:
     deadline_s = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline_s:
-        # The server shares the file's position: that must not move.
-        text = os.pread(log.fileno(), os.fstat(log.fileno()).st_size, 0).decode(errors="replace")
+        text = _text(log)
         serving, admin = _SERVING.search(text), _ADMIN.search(text)
         if serving and admin:
             return serving.group(1), admin.group(1)
@@ -413,6 +435,17 @@ async def _wait_until_serving(process: subprocess.Popen[bytes], log: BinaryIO) -
             raise InstanceFailedError(f"the server ended at start: {lines[-1]}")
         await asyncio.sleep(0.1)
     raise InstanceFailedError(f"the server is not ready after {START_TIMEOUT_S:.0f} s")
+
+
+def _text(log: BinaryIO) -> str:
+    """What the server has written so far. It shares the file's position: that must not move."""
+    return os.pread(log.fileno(), os.fstat(log.fileno()).st_size, 0).decode(errors="replace")
+
+
+def _start_line(log: BinaryIO) -> str:
+    """The server's own line on what it holds, without the log prefix."""
+    lines = _text(log).splitlines()
+    return next((line.split(" ", 3)[-1] for line in lines if "replicated weights" in line), "")
 
 
 def as_json(schema: str, **content: Any) -> str:

@@ -1,51 +1,69 @@
 """`kunserve demo`: the main job on the embedded model, with its result shown.
 
-Starts two instances on a free port, asks three questions by streaming, runs a short load, prints
-the latency table, and shuts everything down.
+Three questions are answered by streaming; then the same burst, with the same memory and threads, is
+served by queueing and recomputing (`--policy recompute`) and by dropping parameters (`--policy
+kunserve`). Shows a table, and draws what happened.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
-import os
-import re
 import signal
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from typing import BinaryIO
+from collections.abc import AsyncIterator
+from pathlib import Path
 
 import httpx
 from rich.console import Console
 from rich.rule import Rule
 from rich.text import Text
 
-from kunserve.bench.client import LoadOptions, run_load
-from kunserve.bench.report import render_table
-from kunserve.bench.server_state import process_tree_pss, read_time_counters
-from kunserve.bench.workload import ArrivalOptions, RandomLengths, RateStep, synthetic_workload
-from kunserve.core.errors import InstanceFailedError
-from kunserve.runtime.process import end_with_parent
+from kunserve.bench.client import LoadOptions
+from kunserve.bench.cluster import BenchServer, bench_server
+from kunserve.bench.overload_report import render
+from kunserve.bench.overload_results import (
+    figures_by_variant,
+    load_plots,
+    results_json,
+    runs_by_variant,
+)
+from kunserve.bench.overload_runs import calibrate
+from kunserve.bench.overload_study import (
+    Study,
+    StudyOptions,
+    StudyResult,
+    policy_variants,
+    size_for_share,
+)
+from kunserve.bench.scenario import ClusterFigures, Height, ScenarioOptions
+from kunserve.bench.server_state import process_tree_pss
+from kunserve.bench.workload import RandomLengths
 
 QUESTIONS = (
     "What is the capital of France?",
     "Explain in one sentence why the sky is blue.",
     "Name three things that are found in a kitchen.",
 )
-START_TIMEOUT_S = 180.0
-STOP_TIMEOUT_S = 20.0
-_SERVING = re.compile(r"serving on (http://\S+)")
+ANSWER_TOKENS = 48
+POLICIES = ("recompute", "kunserve")
+WEIGHTS_SHARE = 0.75
+SCENARIO = ScenarioOptions(Height(1.0, "merged"), before_s=8.0, burst_s=15.0, after_s=10.0)
+LENGTHS = RandomLengths(prompt_tokens=48, output_tokens=256, range_ratio=0.5)
+REQUEST_TIMEOUT_S = 240.0
+PICTURE, FIGURES = "overload.png", "overload.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `kunserve demo`."""
-    parser.add_argument("--num-requests", type=int, default=32, help="requests of the short load")
-    parser.add_argument("--request-rate", type=float, default=2.0, help="their mean rate per s")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out/demo"),
+        metavar="DIR",
+        help=f"where {PICTURE} and {FIGURES} go (default out/demo)",
+    )
     parser.add_argument("--svg", metavar="OUT", help="also write what is shown as a picture")
 
 
@@ -53,9 +71,11 @@ def run(args: argparse.Namespace) -> int:
     """Run the demo; returns the exit code.
 
     Raises:
+        BenchError: what the picture needs is not installed.
         InstanceFailedError: the server did not start; the message holds its last line.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the server is ended by then.
     """
+    load_plots()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return _run(args)
@@ -67,112 +87,73 @@ def _run(args: argparse.Namespace) -> int:
     console = Console(record=args.svg is not None, width=100, highlight=False)
     console.print(Rule("kunserve demo"))
     begin_s = time.monotonic()
-    with tempfile.TemporaryFile() as log:  # it has no name: nothing is left however this ends
-        console.print("Starting two instances of the embedded model, one thread each ...")
-        with _server(log) as (pid, base_url):
-            console.print(_start_line(log))
-            console.print(f"ready on {base_url} after {time.monotonic() - begin_s:.1f} s\n")
-            for question in QUESTIONS:
-                _ask(console, base_url, question)
-            failed = _short_load(console, base_url, args.num_requests, args.request_rate)
-            _show_memory(console, pid)
-            console.print("Shutting down ...")
-    console.print(f"Done in {time.monotonic() - begin_s:.1f} s; nothing is left running.")
+    options = _options(console)  # may fetch the model: a signal must end that at once
+    result = asyncio.run(_serve(console, options))
+    _show(console, result, args.out)
+    console.print(f"Done in {time.monotonic() - begin_s:.0f} s; nothing is left running.")
     if args.svg:
         console.save_svg(args.svg, title="kunserve demo")
-    return 1 if failed else 0
+    return 1 if any(request.error for run in result.runs for request in run.requests) else 0
 
 
-@contextlib.contextmanager
-def _server(log: BinaryIO) -> Iterator[tuple[int, str]]:
-    """A server on a free loopback port that writes to `log`: its pid and address. Ended with the
-    block, however that is left."""
-    command = [sys.executable, "-m", "kunserve.cli", "serve", "--port", "0", "--instances", "2"]
-    command += ["--threads-per-instance", "1", "--kv-cache-memory-bytes", "256MiB"]
-    process = subprocess.Popen(
-        command, stdout=log, stderr=log, preexec_fn=end_with_parent(os.getpid())
+def _options(console: Console) -> StudyOptions:
+    """The comparison: two instances of the embedded model, one thread each."""
+    sizing = size_for_share(None, WEIGHTS_SHARE, console.print)
+    flags = ["--instances", "2", "--threads-per-instance", "1"]
+    return StudyOptions(
+        variants=tuple(policy_variants(POLICIES)),
+        seeds=(0,),
+        heights=(SCENARIO.height,),
+        scenario=SCENARIO,
+        lengths=LENGTHS,
+        flags=(*flags, "--memory-bytes", str(sizing.memory_bytes)),
+        load=LoadOptions(timeout_s=REQUEST_TIMEOUT_S),
     )
-    try:
-        yield process.pid, _wait_until_serving(process, log)
-    finally:
-        process.terminate()
-        try:
-            process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
-def _wait_until_serving(process: subprocess.Popen[bytes], log: BinaryIO) -> str:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        text = _text(log)
-        found = _SERVING.search(text)
-        if found:
-            return found.group(1)
-        if process.poll() is not None:
-            lines = text.strip().splitlines() or ["no output"]
-            raise InstanceFailedError(f"the server ended at start: {lines[-1]}")
-        time.sleep(0.1)
-    raise InstanceFailedError(f"the server is not ready after {START_TIMEOUT_S:.0f} s")
+async def _serve(console: Console, options: StudyOptions) -> StudyResult:
+    """Answer the questions, then let both policies meet the burst."""
+    console.print("Starting two instances of the embedded model, one thread each ...")
+    async with bench_server((*options.flags, "--policy", "recompute")) as server:
+        console.print(server.start_line)
+        console.print(f"ready on {server.base_url}\n")
+        for question in QUESTIONS:
+            await _ask(console, server, question)
+        _show_memory(console, server.pid)
+        figures = await calibrate(server)
+    console.print(_announcement(figures))
+    return await Study(options, console.print, lambda result: None).run_with(figures)
 
 
-def _text(log: BinaryIO) -> str:
-    """What the server has written so far. It shares the file's position: that must not move."""
-    descriptor = log.fileno()
-    content = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
-    return content.decode("utf-8", errors="replace")
-
-
-def _start_line(log: BinaryIO) -> str:
-    """The server's own line on what it holds, without the log prefix."""
-    lines = _text(log).splitlines()
-    return next((line.split(" ", 3)[-1] for line in lines if "replicated weights" in line), "")
-
-
-def _ask(console: Console, base_url: str, question: str) -> None:
+async def _ask(console: Console, server: BenchServer, question: str) -> None:
     """Ask by streaming; the answer is printed as it comes, or whole into a picture."""
     console.print(Text(f"> {question}", style="bold"))
+    pieces = []
+    async for piece in _stream_chat(server.base_url, question):
+        pieces.append(piece)
+        if not console.record:
+            console.print(piece, end="", markup=False)
+    console.print("".join(pieces) if console.record else "", markup=False)
+    console.print()
+
+
+async def _stream_chat(base_url: str, question: str) -> AsyncIterator[str]:
+    """The pieces of text of one streamed answer."""
     body = {
         "messages": [{"role": "user", "content": question}],
-        "max_tokens": 64,
+        "max_tokens": ANSWER_TOKENS,
         "temperature": 0,
         "stream": True,
     }
-    pieces = _stream_chat(f"{base_url}/v1/chat/completions", body)
-    for piece in ["".join(pieces)] if console.record else pieces:
-        console.print(piece, end="", markup=False)
-    console.print("\n")
-
-
-def _stream_chat(url: str, body: dict[str, object]) -> Iterator[str]:
-    """The pieces of text of one streamed answer."""
-    with httpx.stream("POST", url, json=body, timeout=60.0) as response:
+    async with (
+        httpx.AsyncClient(base_url=base_url, timeout=60.0, trust_env=False) as client,
+        client.stream("POST", "/v1/chat/completions", json=body) as response,
+    ):
         response.raise_for_status()
-        for line in response.iter_lines():
+        async for line in response.aiter_lines():
             if line.startswith("data: {"):
                 for choice in json.loads(line.removeprefix("data: "))["choices"]:
                     yield choice["delta"].get("content") or ""
-
-
-def _short_load(console: Console, base_url: str, num_requests: int, rate: float) -> int:
-    """Run the load and print its table; returns the number of failed requests."""
-    console.print(f"{num_requests} requests, {rate:g} a second, 96 tokens in, 48 out ...")
-    workload = synthetic_workload(
-        RandomLengths(prompt_tokens=96, output_tokens=48),
-        ArrivalOptions((RateStep(0.0, rate),), num_requests=num_requests),
-        seed=0,
-        name="demo",
-    )
-    model = httpx.get(f"{base_url}/v1/models", timeout=10.0).json()["data"][0]["id"]
-    before = read_time_counters(base_url)
-    result = asyncio.run(run_load(base_url, model, workload, LoadOptions()))
-    after = read_time_counters(base_url)
-    console.print(render_table(result))
-    if before and after:
-        share = after.since(before).overhead_share
-        console.print(f"HTTP, controller and scheduling took {share:.1%} of the step time")
-    return sum(record.error is not None for record in result.records)
 
 
 def _show_memory(console: Console, pid: int) -> None:
@@ -180,3 +161,23 @@ def _show_memory(console: Console, pid: int) -> None:
     front, *instances = (pss >> 20 for _, pss in process_tree_pss(pid))
     shown = ", ".join(f"{pss} MiB" for pss in instances)
     console.print(f"memory (PSS): front {front} MiB, instances {shown}")
+
+
+def _announcement(figures: ClusterFigures) -> str:
+    return (
+        f"\nKVCache for {figures.whole_tokens} tokens; {figures.merged_tokens} once both drop the "
+        f"layers that the other one keeps.\nNow a burst of {SCENARIO.burst_s:.0f} s that would "
+        "fill the larger one, twice: queueing and recomputing, then dropping parameters."
+    )
+
+
+def _show(console: Console, result: StudyResult, directory: Path) -> None:
+    """The table, and the files in `directory`."""
+    scenario = result.scenarios[0]
+    directory.mkdir(parents=True, exist_ok=True)
+    picture = directory / PICTURE
+    plots = load_plots()
+    plots.draw_story(scenario, runs_by_variant(result, scenario)).savefig(picture, dpi=plots.DPI)
+    (directory / FIGURES).write_text(results_json(result), encoding="utf-8")
+    console.print(render(figures_by_variant(result, scenario), "The same burst, the same memory"))
+    console.print(f"picture: {picture}   figures: {directory / FIGURES}")

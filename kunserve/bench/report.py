@@ -13,11 +13,13 @@ import collections
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.markup import escape
 from rich.table import Table
 
@@ -26,6 +28,7 @@ from kunserve.bench.workload import NS_PER_S
 
 JSON_SCHEMA = "kunserve.bench.serve/1"
 MS_PER_S = 1000.0
+BOOTSTRAP_SAMPLES = 1000
 _SHOWN_MESSAGES = 5
 
 
@@ -84,9 +87,40 @@ def percentile(values: Sequence[float], percent: float) -> float:
     """Return a percentile by linear interpolation between the two nearest ranks.
 
     The one definition used everywhere here (numpy's "linear"): position (n - 1) * percent / 100.
-    `values` must not be empty.
+    `values` must not be empty; next to an infinite one (a request that failed) it is infinite.
     """
-    return float(np.percentile(np.asarray(values, dtype=np.float64), percent, method="linear"))
+    return float(percentiles(np.asarray([values], dtype=np.float64), percent)[0])
+
+
+def percentiles(rows: NDArray[np.float64], percent: float) -> NDArray[np.float64]:
+    """The percentile of each row, as in `percentile`."""
+    position = (rows.shape[1] - 1) * percent / 100
+    ordered = np.sort(rows, axis=1)
+    below, above = ordered[:, math.floor(position)], ordered[:, math.ceil(position)]
+    found = np.full(len(rows), np.inf)
+    is_finite = np.isfinite(above)  # towards an infinite one, `gap` would give NaN
+    gap = above[is_finite] - below[is_finite]
+    found[is_finite] = below[is_finite] + gap * (position % 1)
+    return found
+
+
+class Interval(NamedTuple):
+    """Where a figure lies, with the confidence that was asked for."""
+
+    low: float
+    high: float
+
+
+def bootstrap_interval(
+    values: Sequence[float], percent: float, rng: np.random.Generator, confidence: float = 0.95
+) -> Interval:
+    """Interval of a percentile: that of `BOOTSTRAP_SAMPLES` samples drawn from the values, with
+    replacement. Values that are not independent (requests of one run are not) make it too narrow.
+    """
+    drawn = rng.choice(np.asarray(values, dtype=np.float64), (BOOTSTRAP_SAMPLES, len(values)))
+    found = percentiles(drawn, percent)
+    tail = 50 * (1 - confidence)
+    return Interval(percentile(found.tolist(), tail), percentile(found.tolist(), 100 - tail))
 
 
 def compute_stats(values_ns: Iterable[float | None]) -> Stats | None:

@@ -49,16 +49,26 @@ def read_time_counters(base_url: str, api_key: str | None = None) -> TimeCounter
         return None
     if response.status_code != httpx.codes.OK:
         return None
-    totals: dict[str, float] = {}
     try:
-        for family in text_string_to_metric_families(response.text):
-            if family.name.startswith(_PREFIX):
-                name = family.name.removeprefix(_PREFIX)
-                totals[name] = sum(s.value for s in family.samples)
+        totals = sample_sums(response.text)
     except ValueError:
         return None
-    names = [f.name for f in fields(TimeCounters)]
+    names = [f"{f.name}_total" for f in fields(TimeCounters)]
     return TimeCounters(*(totals[n] for n in names)) if all(n in totals for n in names) else None
+
+
+def sample_sums(text: str) -> dict[str, float]:
+    """kunserve's metrics by the name of their samples without the prefix, summed over labels.
+
+    Raises:
+        ValueError: this is no text of metrics.
+    """
+    totals: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples if family.name.startswith(_PREFIX) else ():
+            name = sample.name.removeprefix(_PREFIX)
+            totals[name] = totals.get(name, 0.0) + sample.value
+    return totals
 
 
 def process_tree_pss(pid: int) -> Iterator[tuple[int, int]]:

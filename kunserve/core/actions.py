@@ -3,7 +3,8 @@
     for action in member.turn(now_ns):
         world.perform(action)
 
-The world answers later: `Member.computed`, `Member.pulled`, `Member.part_ready`.
+The world answers later: `Member.computed`, `Member.pulled`, `Member.part_ready`,
+`Member.copied`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from kunserve.core.ids import Epoch, GroupId, InstanceId, TransitionId
+from kunserve.core.ids import BlockId, Epoch, GroupId, HostBlock, InstanceId, TransitionId
 from kunserve.core.layout import LayerRange, Part
 from kunserve.core.step import BlockMove, Chunk, StepPlan, StepResult
 from kunserve.core.transition import PeerAddress, PeerMessage
@@ -88,12 +89,19 @@ class Configure:
 
 @dataclass(frozen=True)
 class PageCopy:
-    """Blocks [first_block, first_block + num_blocks) of a physical page, here and at the peer."""
+    """Blocks [first_block, first_block + num_blocks) of a physical page here, from one of the peer
+    where they begin `shift_blocks` later."""
 
     local_page: int
     remote_page: int
     first_block: int
     num_blocks: int
+    shift_blocks: int = 0
+
+    @property
+    def remote_first_block(self) -> int:
+        """The first block at the peer."""
+        return self.first_block + self.shift_blocks
 
 
 @dataclass(frozen=True)
@@ -129,6 +137,17 @@ class CheckPart:
 
 
 @dataclass(frozen=True)
+class CopyKv:
+    """Copy KV of `blocks`, one by one and in every layer, to `host_blocks`, or without `to_host`
+    from there; answered by `Member.copied`. Beside the work under way, which uses other blocks."""
+
+    transfer: int
+    to_host: bool
+    blocks: tuple[BlockId, ...]
+    host_blocks: tuple[HostBlock, ...]
+
+
+@dataclass(frozen=True)
 class Connect:
     """Open links to these instances, close those to all others."""
 
@@ -145,6 +164,7 @@ Action = (
     | CancelPulls
     | LoadPart
     | CheckPart
+    | CopyKv
     | Connect
 )
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from kunserve.core.decision import DecisionNote
 from kunserve.core.ids import Epoch, GroupId, InstanceId, RequestId
 from kunserve.core.memory import PartRuns
+from kunserve.core.migration import MigrationOrder, MigrationRecord, MigrationReport
 from kunserve.core.request import Request, TokenOutput
 from kunserve.core.step import GroupLoad
 from kunserve.core.transition import (
@@ -148,6 +150,15 @@ class InstanceDrainWished:
     instance: InstanceId
 
 
+@dataclass(frozen=True)
+class PolicySwitched:
+    """An operator lets the policy drop parameters, or forbids it. Answered once by
+    `AnswerWish`."""
+
+    wish: int
+    may_drop: bool
+
+
 Event = (
     InstanceReady
     | InstanceLost
@@ -159,7 +170,9 @@ Event = (
     | ClockTicked
     | LayoutWished
     | InstanceDrainWished
+    | PolicySwitched
     | TransitionReport
+    | MigrationReport
 )
 
 # ---------------------------------------------------------------- commands
@@ -259,6 +272,28 @@ class LogTransition:
     record: TransitionRecord
 
 
+@dataclass(frozen=True)
+class NoteDecision:
+    """What the overload policy decided, or what came of it, for the log and metrics."""
+
+    note: DecisionNote
+
+
+@dataclass(frozen=True)
+class LogMigration:
+    """A record for the log, when a migration is over."""
+
+    record: MigrationRecord
+
+
+@dataclass(frozen=True)
+class LogRedispatch:
+    """Requests that waited at `instance` are dispatched again."""
+
+    instance: InstanceId
+    request_ids: tuple[RequestId, ...]
+
+
 Command = (
     FormGroup
     | LeaseRequest
@@ -270,5 +305,9 @@ Command = (
     | DrainComplete
     | AnswerWish
     | LogTransition
+    | NoteDecision
+    | LogMigration
+    | LogRedispatch
     | TransitionOrder
+    | MigrationOrder
 )

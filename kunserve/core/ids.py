@@ -19,8 +19,14 @@ RequestId = NewType("RequestId", str)
 BlockId = NewType("BlockId", int)
 """slot * slot_blocks + index: the permanent name of a KV block (see `kunserve.policy.pages`)."""
 
+HostBlock = NewType("HostBlock", int)
+"""Index of a block of an instance's host memory, which holds all layers of one KV block."""
+
 SlotId = NewType("SlotId", int)
 """Permanent slot of an instance inside its partner domain, 0..15."""
 
 TransitionId = NewType("TransitionId", int)
 """Identity of one transition between layouts. Never reused within one run of the front."""
+
+MigrationId = NewType("MigrationId", int)
+"""Identity of one migration of a request. Never reused within one run of the front."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from kunserve.core.errors import InvalidRequestError
@@ -124,6 +124,8 @@ class TokenOutput:
     """One generated token on its way to the client.
 
     `index` is t: the token's position among the generated tokens. `finish` is set on the last.
+    `queued_ns` is set by the front on the first: from the arrival until the request left the queue.
+    It is a measurement, no part of what the token is.
     """
 
     request_id: RequestId
@@ -133,3 +135,4 @@ class TokenOutput:
     finish: FinishReason | None = None
     stop_token: bool = False
     """True when `finish` is STOP because of one of `stop_token_ids` (not EOS)."""
+    queued_ns: int | None = field(default=None, compare=False)

@@ -483,6 +483,10 @@ class BlockPool:
         """How many of them are only cached: sharing those makes fewer blocks available."""
         return sum(block not in self._references for block in blocks)
 
+    def count_exclusive(self, blocks: Iterable[BlockId]) -> int:
+        """How many of them one table alone holds: they are available when it gives them up."""
+        return sum(self._references.get(block) == 1 for block in blocks)
+
     def share(self, blocks: Iterable[BlockId]) -> None:
         """Add a reference to each of these blocks, which are in use or which `lookup` gave.
 

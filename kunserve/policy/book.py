@@ -6,6 +6,7 @@ writes it.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -40,7 +41,7 @@ class ControllerConfig:
     `move_timeout_ns` ends whom it waits for.
 
     `policy` answers overload; `may_drop` and `may_restore` are its switches. With an SLO the gain
-    of a drop is attainment.
+    of a drop is attainment. The last three are those of the schedulers: forecasts need them.
     """
 
     num_instances: int
@@ -66,6 +67,9 @@ class ControllerConfig:
     may_restore: bool = True
     slo_ttft_ns: int | None = None
     slo_tpot_ns: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int | None = None
+    step_time_target_ns: int = 100_000_000
 
 
 class InstanceState(Enum):
@@ -112,9 +116,10 @@ class GroupRecord:
     """A group's lease book: what was sent to its scheduler and what it said last.
 
     `leases_sent` numbers the leases; blocks of those the last report has not seen yet are kept
-    in `unseen` as (lease number, blocks), so that dispatch counts them as queued. A frozen group
-    gets no leases: it is between two layouts. `pages`: range pages of a group that an exchange has
-    made, when that is over; those of a group that is a whole instance from its start are its own.
+    in `unseen` as (lease number, blocks), so that dispatch counts them as queued: `unseen_blocks`
+    is their sum. A frozen group gets no leases: it is between two layouts. `pages`: range pages of
+    a group that an exchange has made, when that is over; those of a group that is a whole instance
+    from its start are its own.
     """
 
     group: Group
@@ -124,7 +129,8 @@ class GroupRecord:
     pages: tuple[PageRun, ...] = ()
     load: GroupLoad | None = None
     leases_sent: int = 0
-    unseen: list[tuple[int, int]] = field(default_factory=list)
+    unseen: deque[tuple[int, int]] = field(default_factory=deque)
+    unseen_blocks: int = 0
     requests: set[RequestId] = field(default_factory=set)
 
     @property
@@ -142,6 +148,23 @@ class GroupRecord:
         """Who schedules."""
         return self.group.leader
 
+    def lease(self, request_id: RequestId, needed_blocks: int) -> None:
+        """A lease is sent; the scheduler has not seen it yet."""
+        self.expect(needed_blocks)
+        self.requests.add(request_id)
+
+    def expect(self, needed_blocks: int) -> None:
+        """Something is sent that counts as a lease, and needs blocks."""
+        self.leases_sent += 1
+        self.unseen.append((self.leases_sent, needed_blocks))
+        self.unseen_blocks += needed_blocks
+
+    def see(self, load: GroupLoad) -> None:
+        """The scheduler's newest report: leases that it has seen are in its own figures."""
+        self.load = load
+        while self.unseen and self.unseen[0][0] <= load.leases_seen:
+            self.unseen_blocks -= self.unseen.popleft()[1]
+
     def snapshot(self, hashes: Sequence[bytes]) -> GroupSnapshot:
         """The group as dispatch sees it for a prompt with these block hashes."""
         free = self.load.available_blocks if self.load else self.total_blocks
@@ -150,7 +173,7 @@ class GroupRecord:
             group=self.id,
             total_blocks=self.total_blocks,
             free_blocks=free,
-            queued_blocks=queued + sum(blocks for _, blocks in self.unseen),
+            queued_blocks=queued + self.unseen_blocks,
             num_requests=len(self.requests),
             prefix_blocks=self.prefixes.prefix_blocks(hashes),
         )
@@ -159,13 +182,14 @@ class GroupRecord:
 @dataclass
 class RequestRecord:
     """The front's copy of one request. `group` is None while no group can take it. `losses`: of
-    instances in a row, without a token since."""
+    instances in a row, without a token since. `started_ns`: when it first left the queue."""
 
     request: Request
     outputs: list[int]
     group: GroupId | None = None
     started: bool = False
     losses: int = 0
+    started_ns: int | None = None
 
     def lease(self) -> Request:
         """The request with all tokens the client has seen: what a new leader continues from."""

@@ -11,6 +11,7 @@ reaches the client exactly once, whatever dies in between.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
 from kunserve.core.errors import AccountingError
@@ -31,6 +32,8 @@ from kunserve.core.events import (
     KillInstance,
     LayoutWished,
     LeaseRequest,
+    LogTransition,
+    PolicySwitched,
     RefusalKind,
     RefuseRequest,
     RequestAborted,
@@ -42,6 +45,7 @@ from kunserve.core.events import (
 )
 from kunserve.core.ids import InstanceId, RequestId
 from kunserve.core.layout import Layout, whole_instance
+from kunserve.core.migration import MigrationReport
 from kunserve.core.request import Request, TokenOutput
 from kunserve.core.transition import PeerAddress, Peers, TransitionReport
 from kunserve.policy.book import (
@@ -55,6 +59,8 @@ from kunserve.policy.book import (
 )
 from kunserve.policy.coordinator import Coordinator
 from kunserve.policy.dispatcher import PrefixIndex, choose_group
+from kunserve.policy.governors import create_governor
+from kunserve.policy.migration import Migration
 from kunserve.policy.prefix import block_hashes
 from kunserve.policy.transition import State
 
@@ -66,13 +72,15 @@ class Controller:
         self._config = config
         self._book = Book(config, now_ns)
         self._coordinator = Coordinator(self._book, self._dispatch_parked)
+        self._governor = create_governor(self._book, self._coordinator, self._dispatch, now_ns)
         self._instances = self._book.instances
         self._groups = self._book.groups
         self._requests = self._book.requests
         self._draining = False
+        self._leaving: list[InstanceRecord] = []  # that drain, or have done so
         self._next_drain_split_ns = 0
         self._num_waiting = 0
-        self._on_trial: RequestId | None = None  # see `_blamed`
+        self._on_trial: RequestId | None = None  # see `_blame`
         self._trial_ended = False
         self._handlers: dict[type, Callable[[Any, int], Iterator[Command]]] = {
             InstanceReady: self._on_ready,
@@ -85,8 +93,10 @@ class Controller:
             ClockTicked: self._on_tick,
             LayoutWished: self._on_wish,
             InstanceDrainWished: self._on_drain_wish,
+            PolicySwitched: self._on_switch,
         }
         self._handlers |= dict.fromkeys(get_args(TransitionReport), self._on_transition_report)
+        self._handlers |= dict.fromkeys(get_args(MigrationReport), self._on_migration_report)
 
     # ------------------------------------------------------------ what others may read
 
@@ -136,19 +146,38 @@ class Controller:
         return self._coordinator.state_of(instance)
 
     @property
+    def is_settled(self) -> bool:
+        """If nothing came in any more, the policy would leave the layout as it is."""
+        return self._governor.is_settled
+
+    @property
+    def may_drop(self) -> bool:
+        """False: the kill switch forbids the policy to drop parameters."""
+        return self._governor.may_drop
+
+    @property
     def is_in_transition(self) -> bool:
         """True while the layout changes, or a wish waits for its turn."""
         return self._coordinator.is_busy
+
+    @property
+    def migrations(self) -> tuple[Migration, ...]:
+        """Migrations of requests under way."""
+        return self._governor.migrations
 
     # ------------------------------------------------------------ the one entry
 
     def handle(self, event: Event, now_ns: int) -> tuple[Command, ...]:
         """Take one event in and say what the world must do, in order."""
         commands = list(self._handlers[type(event)](event, now_ns))
+        for command in commands:
+            if isinstance(command, LogTransition):
+                self._governor.recorded(command.record, now_ns)
         if self._trial_ended:
             commands.extend(self._next_trial())
-        for instance in self._instances.values():
-            if instance.is_draining and instance.state is InstanceState.READY:
+        commands.extend(self._governor.settle(now_ns))
+        for instance in self._leaving:
+            if instance.state is InstanceState.READY:
                 commands.extend(self._settle_drain(instance))
         if self._draining and not self._requests and isinstance(event, _MAY_END_DRAIN):
             commands.append(DrainComplete())
@@ -174,6 +203,9 @@ class Controller:
         self._requests[request.id] = RequestRecord(request, list(request.output_token_ids))
         self._num_waiting += 1
         yield from self._dispatch(request.id)
+        group_id = self._requests[request.id].group
+        group = self._groups[group_id] if group_id is not None else None
+        yield from self._governor.submitted(request, group, now_ns)
 
     def _refusal(self, request: Request) -> RefuseRequest | None:
         if self._draining:
@@ -221,9 +253,7 @@ class Controller:
         snapshots = [group.snapshot(hashes) for group in candidates]
         group = self._groups[choose_group(snapshots, needed)]
         group.prefixes.insert(hashes)
-        group.leases_sent += 1
-        group.unseen.append((group.leases_sent, needed))
-        group.requests.add(request_id)
+        group.lease(request_id, needed)
         record.group = group.id
         yield LeaseRequest(group.leader, group.id, group.epoch, lease)
 
@@ -258,11 +288,11 @@ class Controller:
         instance.last_heard_ns = now_ns
         if group is None or group.epoch != event.epoch:
             return
-        group.load = event.load
+        group.see(event.load)
         instance.timing = event.timing
-        group.unseen = [lease for lease in group.unseen if lease[0] > event.load.leases_seen]
         for request_id in event.started:
-            self._mark_started(request_id, group)
+            if self._mark_started(request_id, group, now_ns):
+                yield from self._governor.started(request_id, now_ns)
         for request_id, outputs in _by_request(event.outputs).items():
             try:
                 accepted = self._accept(request_id, outputs, group)
@@ -275,11 +305,17 @@ class Controller:
             if request_id in group.requests:
                 self._forget(request_id)
                 yield RefuseRequest(request_id, kind, message)
+        yield from self._governor.reported(group, now_ns)
 
-    def _mark_started(self, request_id: RequestId, group: GroupRecord) -> None:
-        if request_id in group.requests and not self._requests[request_id].started:
-            self._requests[request_id].started = True
-            self._num_waiting -= 1
+    def _mark_started(self, request_id: RequestId, group: GroupRecord, now_ns: int) -> bool:
+        """A request left the queue; False if it had before, or is leased elsewhere."""
+        record = self._requests[request_id] if request_id in group.requests else None
+        if record is None or record.started:
+            return False
+        record.started = True
+        record.started_ns = now_ns
+        self._num_waiting -= 1
+        return True
 
     def _accept(
         self, request_id: RequestId, outputs: list[TokenOutput], group: GroupRecord
@@ -298,8 +334,9 @@ class Controller:
                     f"{len(record.outputs)} was due at epoch {group.epoch}"
                 )
             record.outputs.append(output.token_id)
-            accepted.append(output)
+            accepted.append(output if output.index else _with_queue_time(output, record))
             if output.finish is not None:
+                self._governor.finished(record)
                 self._forget(request_id)
                 break
         return tuple(accepted)
@@ -363,8 +400,7 @@ class Controller:
             instance.restarts_in_row = 0
         self._plan_restart(instance, now_ns)
         survivors, orphans = self._break_groups(instance.id)
-        for request_id in self._blamed(orphans):
-            self._requests[request_id].losses += 1
+        self._blame(orphans)
         yield from self._introduce()
         for survivor in survivors:
             yield from self._coordinator.reset(self._instances[survivor], now_ns)
@@ -422,16 +458,21 @@ class Controller:
 
     # ------------------------------------------------------------ who ends instances
 
-    def _blamed(self, orphans: list[RequestId]) -> list[RequestId]:
-        """Which requests of a lost group count a loss: all of them, or the one on trial alone.
+    def _blame(self, orphans: list[RequestId]) -> None:
+        """All requests of a lost group count a loss.
 
         An instance says which requests start before it computes them, but a crash can outrun the
         message, so any request leased to the group may be what ended it. A token clears its
         request. One more loss and it would be given up: then it is a suspect. Suspects are leased
         one at a time (a trial, until the next token), so that of many that were lost together
-        only the one that ends instances is given up, and the rest get on.
+        only the one that ends instances is given up, and the rest get on. Beside one on trial,
+        others become suspects at most: so none can hide behind the trials of others.
         """
-        return [self._on_trial] if self._on_trial in orphans else orphans
+        most = self._config.max_losses
+        for request_id in orphans:
+            record = self._requests[request_id]
+            is_beside_trial = self._on_trial in orphans and request_id != self._on_trial
+            record.losses = min(record.losses + 1, most - 1 if is_beside_trial else most)
 
     def _is_suspect(self, record: RequestRecord) -> bool:
         return 0 < record.losses >= self._config.max_losses - 1
@@ -471,10 +512,17 @@ class Controller:
                 yield StartInstance(instance.id, instance.incarnation)
         yield from self._coordinator.tick(now_ns)
         yield from self._free_draining(now_ns)
+        yield from self._governor.tick(now_ns)
 
     # ------------------------------------------------------------ layouts
 
+    def _on_switch(self, event: PolicySwitched, now_ns: int) -> Iterator[Command]:
+        self._governor.switch(event.may_drop)
+        word = "may" if event.may_drop else "may not"
+        yield AnswerWish(event.wish, True, f"the policy {word} drop parameters")
+
     def _on_wish(self, event: LayoutWished, now_ns: int) -> Iterator[Command]:
+        self._governor.operator_wished(event.kind)
         yield from self._coordinator.wish(event.wish, event.kind, event.groups, event.why, now_ns)
 
     def _on_transition_report(self, event: TransitionReport, now_ns: int) -> Iterator[Command]:
@@ -483,6 +531,11 @@ class Controller:
             return
         instance.last_heard_ns = now_ns
         yield from self._coordinator.take(event, now_ns)
+
+    def _on_migration_report(self, event: MigrationReport, now_ns: int) -> Iterator[Command]:
+        """No sign of life: it says nothing of steps, and comes as often as orders go out."""
+        if event.incarnation == self._instances[event.instance].incarnation:
+            yield from self._governor.take(event, now_ns)
 
     def _on_drain_wish(self, event: InstanceDrainWished, now_ns: int) -> Iterator[Command]:
         """An instance of a larger group becomes whole first; then it gets nothing new."""
@@ -498,6 +551,8 @@ class Controller:
         if self._coordinator.is_busy:
             yield AnswerWish(event.wish, False, "the layout is changing; try again afterwards")
             return
+        if not instance.is_draining:
+            self._leaving.append(instance)
         instance.is_draining = True
         yield AnswerWish(event.wish, True, f"instance {instance.id} is draining")
         yield from self._settle_drain(instance)
@@ -536,6 +591,12 @@ class Controller:
 
 
 _MAY_END_DRAIN = (DrainRequested, GroupReport, RequestAborted, InstanceLost)
+
+
+def _with_queue_time(output: TokenOutput, record: RequestRecord) -> TokenOutput:
+    if record.started_ns is None:
+        return output
+    return replace(output, queued_ns=record.started_ns - record.request.arrival_ns)
 
 
 def _by_request(outputs: Sequence[TokenOutput]) -> dict[RequestId, list[TokenOutput]]:

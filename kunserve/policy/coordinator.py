@@ -186,6 +186,11 @@ class Coordinator:
         """True while a transition is under way or a wish waits."""
         return bool(self._active) or self._pursuit is not None
 
+    @property
+    def can_turn_back(self) -> bool:
+        """True while all that is under way could still be aborted."""
+        return all(active.transition.can_turn_back for active in self._active.values())
+
     def _transition_of(self, instance: InstanceId) -> Active | None:
         for active in self._active.values():
             if instance in active.transition.members:
@@ -207,8 +212,8 @@ class Coordinator:
             return
         try:
             wished = self._wanted(kind, groups)
-            shape = self._shape()
-            next_step(shape, serving, wished, self._cost(), self._typical(wished))
+            shape = self.shape()
+            next_step(shape, serving, wished, self.cost(), self.typical(wished))
         except LayoutError as error:
             yield AnswerWish(number, False, f"illegal: {error}")
             return
@@ -271,8 +276,8 @@ class Coordinator:
         groups = self._book.layout.groups
         try:
             pursuit.groups = self._wanted(pursuit.kind, pursuit.groups)
-            typical = self._typical(pursuit.groups)
-            step = next_step(self._shape(), groups, pursuit.groups, self._cost(), typical)
+            typical = self.typical(pursuit.groups)
+            step = next_step(self.shape(), groups, pursuit.groups, self.cost(), typical)
         except LayoutError as error:
             yield from self.withdraw(str(error))
             return
@@ -298,7 +303,8 @@ class Coordinator:
         if pursuit is not None and now == {frozenset(group) for group in pursuit.groups}:
             yield from self._grant()
 
-    def _shape(self) -> ClusterShape:
+    def shape(self) -> ClusterShape:
+        """Sizes of the instances that serve now."""
         config = self._book.config
         serving = {i for group in self._book.layout.groups for i in group.instances}
         return ClusterShape(
@@ -309,14 +315,14 @@ class Coordinator:
             blocks_per_page=config.blocks_per_page,
         )
 
-    def _cost(self) -> CostModel:
+    def cost(self) -> CostModel:
         """The fastest of the instances' fits: a disturbed measurement is only ever too slow."""
         serving = [i for group in self._book.layout.groups for i in group.instances]
         fits = [CostModel(*self._book.instances[i].costs) for i in serving]
         chunks = TypicalStep().chunks
         return min(fits, key=lambda fit: fit.step_ns(chunks), default=CostModel(0, 0, 0, 0))
 
-    def _typical(self, wished: Wish) -> TypicalStep:
+    def typical(self, wished: Wish) -> TypicalStep:
         """A microbatch of the moment in the largest wished group: its share of all requests."""
         loads = [group.load for group in self._book.groups.values() if group.load is not None]
         requests = sum(load.num_running + load.num_waiting for load in loads)
@@ -505,7 +511,7 @@ class Coordinator:
         return load.total_blocks - load.available_blocks if load else 0
 
     def _split_members(self, active: Active) -> list[SplitMember]:
-        shape, source = self._shape(), active.transition.sources[0]
+        shape, source = self.shape(), active.transition.sources[0]
         now_parts = shape.group_parts(source.stages)
         stage_now = {stage.instance: stage for stage in source.stages}
         members = []
@@ -600,7 +606,7 @@ class Coordinator:
     def _forget_gains(self, active: Active) -> None:
         """Members release what they brought in: nobody may pull it from them."""
         for group in active.transition.sources:
-            for instance, held in self._shape().group_parts(group.stages).items():
+            for instance, held in self.shape().group_parts(group.stages).items():
                 record = self._book.instances[instance]
                 record.parts = {p: runs for p, runs in record.parts.items() if p in held}
 
@@ -617,7 +623,7 @@ class Coordinator:
     # ------------------------------------------------------------ COMMIT
 
     def _members(self, active: Active) -> list[Member]:
-        shape, transition = self._shape(), active.transition
+        shape, transition = self.shape(), active.transition
         then_parts: dict[InstanceId, tuple[Part, ...]] = {}
         for group in transition.targets:
             then_parts |= shape.group_parts(group.stages)
@@ -736,7 +742,7 @@ class Coordinator:
         transition, plan, config = active.transition, active.plan, self._book.config
         assert plan is not None
         parts = dict(config.part_pages)
-        shape = self._shape()
+        shape = self.shape()
         before = [shape.group_parts(group.stages) for group in transition.sources]
         after = [shape.group_parts(group.stages) for group in transition.targets]
         held = sum(parts[part] for groups in before for held in groups.values() for part in held)

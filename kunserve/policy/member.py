@@ -7,7 +7,7 @@ Both worlds drive it, the process (`kunserve.runtime.instance`) and the simulato
     for message, payload in peers:
         member.take_peer(message, payload, now_ns)    # of other instances
     for answer in answers:
-        member.computed(answer, now_ns)               # or pulled, part_ready
+        member.computed(answer, now_ns)               # or pulled, part_ready, copied
     for action in member.turn(now_ns, ...):
         world.perform(action)                         # in this order: see `turn`
 
@@ -27,7 +27,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 from kunserve.core.actions import (
     Action,
@@ -58,6 +58,7 @@ from kunserve.core.events import (
 from kunserve.core.ids import BlockId, InstanceId, RequestId, TransitionId
 from kunserve.core.layout import Group, Part, stage_holds, whole_instance
 from kunserve.core.memory import PageRun, pages_of, runs_of
+from kunserve.core.migration import MigrationOrder
 from kunserve.core.request import TokenOutput
 from kunserve.core.step import StepPlan
 from kunserve.core.transition import (
@@ -96,11 +97,12 @@ from kunserve.policy.blocks import BlockPool
 from kunserve.policy.cost_model import CostModel
 from kunserve.policy.homes import CompactionRefusedError
 from kunserve.policy.memory import MemoryBook
+from kunserve.policy.migrator import Migrator
 from kunserve.policy.mover import Digest, Mover
 from kunserve.policy.planner import TypicalStep, slowest_stage
 from kunserve.policy.scheduler import Scheduler, SchedulerConfig
 
-MemberMessage = FormGroup | LeaseRequest | RevokeLease | TransitionOrder
+MemberMessage = FormGroup | LeaseRequest | RevokeLease | TransitionOrder | MigrationOrder
 """What the front tells a member."""
 
 MOVE_BYTES_PER_STEP = 24 << 20
@@ -144,6 +146,13 @@ class Member:
         self._memory = memory
         self._make_ready = make_ready
         self._mover = Mover(config.instance, memory, config.window_pages, digest)
+        self._migrator = Migrator(
+            config.instance,
+            config.incarnation,
+            config.scheduler.block_size,
+            memory,
+            self._mover.new_transfer,
+        )
         self._actions: list[Action] = []
         # The group and its steps
         self._group: Group | None = None
@@ -153,6 +162,7 @@ class Member:
         self._ready: deque[Work] = deque()
         self._active: Work | None = None
         self._urgent: RunHead | None = None  # between the layers of the active work
+        self._copies = 0  # of KV, to or from host memory, that the world has begun
         # A transition
         self._transition = TransitionId(-1)
         self._prepare: Prepare | None = None  # that is not answered yet
@@ -198,6 +208,7 @@ class Member:
             Reset: self._on_reset,
             Peers: self._on_peers,
         }
+        self._orders |= dict.fromkeys(get_args(MigrationOrder), self._on_migration)
 
     # ------------------------------------------------------------ what others may read
 
@@ -228,12 +239,18 @@ class Member:
             or self._prepare is not None
             or self._turning_back is not None
             or self._mover.has_quarantine
+            or self._migrator.is_busy
         )
 
     @property
     def preemptions(self) -> int:
         """Preemptions under the group that it leads."""
         return self._scheduler.load().preemptions if self._scheduler is not None else 0
+
+    @property
+    def swapped_in(self) -> int:
+        """Requests that came back from host memory under the group that it leads."""
+        return self._scheduler.load().swapped_in if self._scheduler is not None else 0
 
     @property
     def referenced_blocks(self) -> int:
@@ -271,8 +288,8 @@ class Member:
         order(message, now_ns)
 
     def _form_group(self, message: FormGroup, now_ns: int) -> None:
-        if self.is_computing:
-            raise AccountingError("a group cannot be formed while a step is under way")
+        if self.is_computing or self._is_copying:
+            raise AccountingError("a group cannot be formed while a step is under way, or a copy")
         config = self._config
         group = whole_instance(message.group, message.epoch, config.instance, config.num_layers)
         self._join(group)
@@ -296,8 +313,12 @@ class Member:
             self._has_changed = True
             self._scheduler.abort(message.request_id)
 
+    def _on_migration(self, message: MigrationOrder, now_ns: int) -> None:
+        self._has_changed = True
+        self._migrator.take(message, self._scheduler if self._is_of_epoch(message) else None)
+
     def _is_of_epoch(
-        self, message: LeaseRequest | RevokeLease | Fence | Compact | Snapshot
+        self, message: LeaseRequest | RevokeLease | Fence | Compact | Snapshot | MigrationOrder
     ) -> bool:
         group = self._group
         return group is not None and (group.id, group.epoch) == (message.group, message.epoch)
@@ -310,6 +331,7 @@ class Member:
 
     def _join(self, group: Group) -> None:
         """Take a place in a group. Nothing is under way."""
+        self._migrator.leave_group()
         self._group = group
         self._scheduler = None
         self._fence_passed = TransitionId(-1)
@@ -332,6 +354,8 @@ class Member:
             max_num_seqs=most_seqs,
             max_moves_per_step=max(1, most_moves),
             capacity_blocks=capacity_blocks,
+            host_blocks=config.host_blocks if len(group.stages) == 1 else 0,
+            host_block_bytes=self._memory.plan.geometry.block_bytes * self._config.num_layers,
         )
         pool = BlockPool(slots.slot_blocks, self._blocks_per_page)
         return Scheduler(limits, pool, cost, group.epoch)
@@ -458,11 +482,14 @@ class Member:
         """
         self._link_bytes = link_bytes
         self._times_ns = (execute_ns, schedule_ns)
+        self._migrator.step(self._scheduler)
         self._plan_steps(now_ns)
+        self._start_copies()
         self._step_transition(now_ns)
         report = self._take_report()
         if report is not None:
             self._actions.append(SendFront(report))
+        self._actions += self._migrator.take_actions()
         self._start_work()
         actions, self._actions = self._actions, []
         return actions
@@ -476,6 +503,34 @@ class Member:
             self._flights[plan.step] = plan
             self._ready.append(RunFirst(plan))
             self._started += self._scheduler.newly_started()
+
+    @property
+    def _is_copying(self) -> bool:
+        return self._copies > 0 or (self._scheduler is not None and self._scheduler.is_copying)
+
+    def _start_copies(self) -> None:
+        """Beside the work under way, but not beside a step that an aborted fence has cancelled: it
+        may still write to blocks that have another owner by now."""
+        if self._scheduler is None or (self._active and self._is_cancelled(self._active)):
+            return
+        copies = self._scheduler.take_copies()
+        self._copies += len(copies)
+        self._actions += copies
+
+    def copied(self, transfer: int, now_ns: int) -> None:
+        """A copy of KV to or from host memory has ended.
+
+        Raises:
+            AccountingError: none is under way.
+        """
+        if not self._copies:
+            raise AccountingError(f"copy {transfer} has ended, but none was under way")
+        self._copies -= 1
+        if self._scheduler is not None:
+            self._scheduler.copied(transfer)
+            self._has_changed = True
+        self._reply_fenced()
+        self._go_on_resetting()
 
     def _start_work(self) -> None:
         if not self._ready or self._is_frozen:
@@ -549,7 +604,10 @@ class Member:
 
     def pulled(self, transfer: int, error: str | None) -> None:
         """A pull has ended; with an error, what it was for is not there."""
-        self._mover.pulled(transfer, error)
+        if self._migrator.pulled(transfer, error, self._scheduler):
+            self._has_changed = True
+        else:
+            self._mover.pulled(transfer, error)
 
     def part_ready(self, transfer: int, error: str | None) -> None:
         """A part was read from the file, or compared after a pull."""
@@ -645,9 +703,9 @@ class Member:
 
     def _begin_prepare(self) -> None:
         """Once an aborted transition has left nothing behind: no pages on their way back, and no
-        transfer that may still write."""
+        transfer that may still write. Nor a migration: the front ends it for a transition."""
         message = self._prepare
-        if message is None or self._is_preparing:
+        if message is None or self._is_preparing or self._migrator.is_busy:
             return
         if self._turning_back is not None or self._mover.has_quarantine:
             return
@@ -715,8 +773,9 @@ class Member:
         self._reply_fenced()
 
     def _reply_fenced(self) -> None:
-        """Nothing is computed any more: say what there is. Tokens sampled so far go first."""
-        if self._fence is None or self.is_computing:
+        """Nothing is computed or copied any more: say what there is. Tokens sampled so far go
+        first."""
+        if self._fence is None or self.is_computing or self._is_copying:
             return
         self._fence = None
         requests: tuple[FrozenRequest, ...] = ()
@@ -909,6 +968,7 @@ class Member:
             return
         self._is_resetting = True
         self._turning_back = None
+        self._migrator.leave_group()
         self._group = self._scheduler = None
         self._is_frozen = True
         self._fence = self._prepare = None
@@ -923,11 +983,12 @@ class Member:
             self._actions.append(CancelCompute())
 
     def _go_on_resetting(self) -> None:
-        """When nothing computes and no old transfer writes: give KV up, bring all parts in."""
+        """When nothing computes and no old transfer or copy writes: give KV up, bring all parts
+        in."""
         mover, memory = self._mover, self._memory
-        if not self._is_resetting or self.is_computing or mover.has_quarantine:
+        if not self._is_resetting or self.is_computing or mover.has_quarantine or self._copies:
             return
-        if mover.is_bringing:
+        if mover.is_bringing or self._migrator.is_busy:
             return
         if mover.refusal:
             raise AccountingError(f"it cannot become whole again: {mover.refusal}")

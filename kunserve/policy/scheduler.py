@@ -44,13 +44,14 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from kunserve.core.actions import CopyKv
 from kunserve.core.errors import (
     AccountingError,
     ConfigError,
     InvalidRequestError,
     RequestTooLargeError,
 )
-from kunserve.core.ids import BlockId, Epoch, RequestId
+from kunserve.core.ids import BlockId, Epoch, HostBlock, MigrationId, RequestId
 from kunserve.core.memory import PageRun, pages_of, runs_of
 from kunserve.core.policy import Batching, BatchOrder
 from kunserve.core.request import FinishReason, Request, TokenOutput
@@ -62,6 +63,7 @@ from kunserve.policy.drafting import StepBudget
 from kunserve.policy.homes import Compaction, CompactionRefusedError, assign_homes
 from kunserve.policy.microbatch import Work, share_of_decodes
 from kunserve.policy.prefix import block_hashes
+from kunserve.policy.swap import SWAP_AHEAD_TOKENS, SwapSpace
 
 MOST_STEPS_WITHOUT_DECODES = 16
 """With PREFILL_FIRST: after so many steps in a row that left a decode out, one goes decodes first.
@@ -108,6 +110,8 @@ class SchedulerConfig:
     ahead of it is done. False: one at a time, so that a prompt keeps one stage at work only."""
     host_blocks: int = 0
     """Blocks of host memory that preempted requests are swapped to. 0: they are recomputed."""
+    host_block_bytes: int = 0
+    """Size of one of them, for counting."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -123,6 +127,8 @@ class SchedulerConfig:
             raise ConfigError(
                 f"max_num_batched_tokens must be at least 1, got {self.max_num_batched_tokens}"
             )
+        if self.host_blocks and self.num_stages > 1:
+            raise ConfigError("a group of several stages does not swap; leave host_blocks at 0")
         if not 0.0 <= self.watermark_fraction < 1.0:
             raise ConfigError(
                 f"watermark_fraction must be in [0, 1), got {self.watermark_fraction}"
@@ -137,10 +143,12 @@ class _RequestState:
         "computed_tokens",
         "hashes",
         "home",
+        "host_blocks",
         "is_aborted",
         "is_moving",
         "is_new",
         "is_running",
+        "is_swapping",
         "is_unannounced",
         "is_void",
         "limit_tokens",
@@ -173,6 +181,8 @@ class _RequestState:
         self.home = 0
         self.num_outside = 0  # blocks of the table that do not lie in its home
         self.is_moving = False  # some of its blocks, by a plan that is being executed
+        self.host_blocks: tuple[HostBlock, ...] = ()  # that hold its computed tokens, or will
+        self.is_swapping = False  # a copy to or from host memory is under way
         self.is_void = False  # its plans in flight go on from a chunk that was cancelled
 
     @property
@@ -188,7 +198,7 @@ class _RequestState:
     @property
     def is_idle(self) -> bool:
         """It may be planned, moved or preempted."""
-        return not self.is_in_flight and not self.is_stalled
+        return not self.is_in_flight and not self.is_stalled and not self.is_swapping
 
     @property
     def missing_tokens(self) -> int:
@@ -277,7 +287,8 @@ class _Draft:
 
 
 class Scheduler:
-    """Continuous batching with chunked prefill, prefix cache and preemption by recompute.
+    """Continuous batching with chunked prefill, prefix cache and preemption by recompute, or with
+    host memory by swapping (see `kunserve.policy.swap`).
 
     Args:
         config: limits of the group.
@@ -305,6 +316,10 @@ class Scheduler:
         self._adopted_ns = 0
         self._stalled: list[tuple[RequestId, int]] = []
         self._compaction: Compaction | None = None
+        self._swap = SwapSpace(config.host_blocks)
+        self._offered: set[RequestId] = set()  # running, and has been since its first `offer`
+        self._taken_out: dict[RequestId, _RequestState] = {}  # neither waiting nor running
+        self._reserved: dict[MigrationId, tuple[BlockId, ...]] = {}
         self._to_release: dict[RequestId, None] = {}  # what the executor has not been told yet
         self._newly_started: list[RequestId] = []
         self._steps_without_decodes = 0  # in a row, that left one out for prefills
@@ -377,23 +392,26 @@ class Scheduler:
         """Forget a request in any state; an unknown id is one that has ended already.
 
         If a step is computing it, it keeps its blocks until that step is done, and its token is
-        dropped then.
+        dropped then; likewise while it is copied to or from host memory.
         """
         state = self._requests.get(request_id)
         if state is None:
             return
-        if state.is_in_flight:
+        if state.is_in_flight or state.is_swapping:
             state.is_aborted = True
             return
         del self._requests[request_id]
+        self._give_up_host_blocks(state)
         if state.is_running:
             self._leave(state)
+        elif self._taken_out.pop(request_id, None) is not None:
+            self._release(state.block_table)
         else:
             self._dequeue(state)
 
     def has_work(self) -> bool:
-        """True while a request waits or runs, or a step is in flight."""
-        return bool(self._requests or self._flights)
+        """True while a request waits, runs or is on its way here, or a step is in flight."""
+        return bool(self._requests or self._flights or self._reserved)
 
     def newly_started(self) -> tuple[RequestId, ...]:
         """Ids that left the queue for the first time under this lease, since the last call."""
@@ -409,6 +427,7 @@ class Scheduler:
         that moves is counted once in the cluster. Blocks are those of open pages: stalled requests
         may hold more, and so may those that compaction has not moved yet.
         """
+        swap = self._swap.counts
         return GroupLoad(
             total_blocks=self._pool.open_blocks,
             free_blocks=self._pool.free_blocks,
@@ -422,6 +441,11 @@ class Scheduler:
             preemptions=self._preemptions,
             prefix_queries=self._prefix_queries,
             prefix_hits=self._prefix_hits,
+            swapped_out=swap.swapped_out,
+            swapped_in=swap.swapped_in,
+            swap_bytes=swap.copied_blocks * self._config.host_block_bytes,
+            swap_refused=swap.refused,
+            head_blocks=self._blocks_for(len(self._waiting[0].tokens)) if self._waiting else 0,
         )
 
     # ------------------------------------------------------------ schedule
@@ -431,12 +455,14 @@ class Scheduler:
 
         A plan has chunks, or during a compaction at least moves: ids to release wait for the next
         one, the executor only holds their small sampling state. With work left, None is only given
-        while a plan is in flight, pages are pending or closed, or the scheduler is frozen. `now_ns`
-        is the seam for policies that look at deadlines; this one goes by arrival alone.
+        while a plan is in flight, pages are pending or closed, KV is copied to or from host memory,
+        the scheduler is frozen, or what a migration holds takes the room. `now_ns` is the seam for
+        policies that look at deadlines; this one goes by arrival alone.
         """
         if self._is_frozen or len(self._flights) >= self._config.num_stages:
             return None
         draft = self._new_draft()
+        self._swap_ahead(draft)
         if self._prefills_go_first():
             self._draft_prefills_first(draft)
         else:
@@ -592,6 +618,8 @@ class Scheduler:
         """Preempt the latest arrivals of its home until a block is available there; False if
         `state` must wait."""
         while not self._pool.available_in(state.home):
+            if self._swap.is_sending_out:  # blocks will be free in a moment
+                return False
             victim = self._latest_idle(state.home)
             if victim is state and self._will_have_room(state):
                 return False
@@ -617,10 +645,13 @@ class Scheduler:
         )
 
     def _preempt(self, state: _RequestState, draft: _Draft) -> None:
-        """Back to the queue, ahead of all later arrivals, to be computed again."""
+        """Back to the queue, ahead of all later arrivals, to be computed again; or on its way to
+        host memory."""
         draft.work.pop(state, None)
         draft.has_preempted = True
         self._preemptions += 1
+        if self._swap_out(state):
+            return
         self._leave(state)
         self._enqueue(state)
 
@@ -632,9 +663,15 @@ class Scheduler:
         first, `_most_running` sees to it.
         """
         while self._waiting and len(self._running) < self._most_running:
+            state = self._waiting[0]
+            if self._swap.is_sending_out:  # room is being made for earlier arrivals
+                return
+            if state.host_blocks:
+                if not self._swap_in(state):
+                    return
+                continue
             if draft.budget.is_closed:
                 return
-            state = self._waiting[0]
             home = self._roomiest_home()
             cached = self._cached_prefix(state, home)
             prefix_tokens = len(cached) * self._config.block_size
@@ -732,6 +769,98 @@ class Scheduler:
         )
         self._next_step += 1
         return plan
+
+    # ------------------------------------------------------------ host memory
+
+    def _swap_ahead(self, draft: _Draft) -> None:
+        """Preempt while blocks are left: see `kunserve.policy.swap`."""
+        while self._swap.is_used:
+            idle = [state for state in self._running if state.is_idle]
+            lacking = sum(self._lacks_ahead(state) for state in idle)
+            coming = self._pool.available_in(0) + self._swap.freed_blocks
+            if lacking <= coming or len(idle) < 2 or not self._may_swap(idle[-1]):
+                return
+            self._preempt(idle[-1], draft)
+
+    def _lacks_ahead(self, state: _RequestState) -> int:
+        """Blocks that it needs beside those that it has for its next `SWAP_AHEAD_TOKENS`."""
+        tokens = min(state.computed_tokens + SWAP_AHEAD_TOKENS, state.limit_tokens - 1)
+        return max(0, self._blocks_for(tokens) - len(state.block_table))
+
+    def _may_swap(self, state: _RequestState) -> bool:
+        return 0 < self._blocks_for(state.computed_tokens) <= self._swap.free_blocks
+
+    def _swap_out(self, state: _RequestState) -> bool:
+        """Begin to copy a victim's computed tokens to host memory; False if they are to be computed
+        again. It keeps the blocks until they are copied (`copied`)."""
+        if not self._may_swap(state):
+            if self._swap.is_used and state.computed_tokens:
+                self._swap.refuse()
+            return False
+        covered = self._blocks_for(state.computed_tokens)
+        self._release(state.block_table[covered:])
+        state.block_table = state.block_table[:covered]
+        freed = self._pool.count_exclusive(state.block_table)
+        state.host_blocks = self._swap.send_out(state.request.id, state.block_table, freed)
+        state.is_swapping = True
+        return True
+
+    def _swap_in(self, state: _RequestState) -> bool:
+        """Begin to copy a request back, with a block for its next token; False if there is no room
+        yet. Full blocks that the prefix cache has are shared, but for the last: a copy brings the
+        request on its way."""
+        computed = state.computed_tokens
+        covered = self._blocks_for(computed)
+        cached = self._cached_prefix(state, 0)[: covered - 1]
+        needed = self._blocks_for(computed + 1) - len(cached)
+        taken = needed + self._pool.count_unreferenced(cached)
+        if self._pool.available_in(0) < taken + len(self._running):
+            return False
+        self._start(state, cached, 0)
+        self._extend(state, needed)
+        state.computed_tokens = computed
+        state.is_swapping = True
+        self._swap.bring_in(
+            state.request.id,
+            state.block_table[len(cached) : covered],
+            state.host_blocks[len(cached) :],
+        )
+        return True
+
+    @property
+    def is_copying(self) -> bool:
+        """True while KV is copied to or from host memory: no page may change its owner."""
+        return self._swap.is_copying
+
+    def take_copies(self) -> list[CopyKv]:
+        """Copies that have to be made, in this order, beside the steps. Each is answered by
+        `copied`, also when the scheduler is frozen."""
+        return self._swap.take_orders()
+
+    def copied(self, transfer: int) -> None:
+        """A copy has ended: its request waits in the queue with its host blocks, or runs.
+
+        Raises:
+            AccountingError: no such copy is under way.
+        """
+        copy = self._swap.finish(transfer)
+        state = self._requests[copy.request_id]
+        state.is_swapping = False
+        if state.is_aborted:
+            del self._requests[copy.request_id]
+            self._leave(state)
+            self._give_up_host_blocks(state)
+        elif copy.to_host:
+            computed = state.computed_tokens
+            self._leave(state)
+            state.computed_tokens = computed
+            self._enqueue(state)
+        else:
+            self._give_up_host_blocks(state)
+
+    def _give_up_host_blocks(self, state: _RequestState) -> None:
+        self._swap.release(state.host_blocks)
+        state.host_blocks = ()
 
     # ------------------------------------------------------------ moves
 
@@ -973,16 +1102,21 @@ class Scheduler:
         self._queued_blocks -= self._blocks_for(len(state.tokens))
 
     def _leave(self, state: _RequestState) -> None:
-        """Out of the running set: finished, aborted or preempted. The executor is told to forget
-        the request. Its blocks are given up; full ones stay cached."""
-        self._running.remove(state)
-        state.is_running = False
+        """Out of the running set: finished, aborted or preempted. Its blocks are given up; full
+        ones stay cached."""
+        self._step_back(state)
         state.computed_tokens = 0
         state.pending_pages = set()
         state.num_outside = 0
         state.home = 0
         self._release(state.block_table)
         state.block_table = ()
+
+    def _step_back(self, state: _RequestState) -> None:
+        """Out of the running set, with all that it holds. The executor is told to forget it."""
+        self._running.remove(state)
+        state.is_running = False
+        self._offered.discard(state.request.id)
         self._to_release[state.request.id] = None
 
     def _release(self, blocks: Sequence[BlockId]) -> None:
@@ -1003,7 +1137,9 @@ class Scheduler:
         """Plan nothing any more, and say what there is, by arrival.
 
         Every plan in flight counts as cancelled; `update` must not be called for it. Blocks that
-        hold no computed token are given up. Requests may still come and be aborted.
+        hold no computed token are given up. Requests may still come and be aborted. Those in host
+        memory, or on their way there or back, count as waiting ones with nothing computed: another
+        scheduler has no use of host blocks.
 
         Raises:
             AccountingError: it is frozen already.
@@ -1063,12 +1199,13 @@ class Scheduler:
             if state.is_aborted:
                 continue
             moved = sources.get(state, {})
-            table = state.block_table[: self._blocks_for(state.computed_tokens)]
+            computed_tokens = 0 if state.host_blocks else state.computed_tokens
+            table = state.block_table[: self._blocks_for(computed_tokens)]
             has_home = self._compaction is not None and state.is_running
             frozen.append(
                 FrozenRequest(
                     request_id=state.request.id,
-                    computed_tokens=state.computed_tokens,
+                    computed_tokens=computed_tokens,
                     block_table=tuple(moved.get(i, block) for i, block in enumerate(table)),
                     home=state.home if has_home else None,
                 )
@@ -1180,7 +1317,7 @@ class Scheduler:
             AccountingError: one of them is in flight.
         """
         running = [self._requests[r] for r in request_ids if r in self._requests]
-        if any(state.is_in_flight for state in running):
+        if any(state.is_in_flight or state.is_swapping for state in running):
             raise AccountingError("a request in flight cannot be computed again")
         for state in running:
             if state.is_running:
@@ -1234,11 +1371,13 @@ class Scheduler:
         Raises:
             CompactionRefusedError: the running requests do not fit, or pages are pending. Nothing
                 has changed then.
-            AccountingError: a compaction is under way, the scheduler is frozen, or homes have a
-                page in common. Nothing has changed then.
+            AccountingError: a compaction is under way, the scheduler is frozen or swaps, or homes
+                have a page in common. Nothing has changed then.
         """
         if self._is_frozen or self._compaction is not None:
             raise AccountingError("a scheduler that is frozen or compacting cannot compact")
+        if self._swap.is_used:
+            raise AccountingError("a group that swaps has one stage, so it is never split")
         if self._pending:
             raise CompactionRefusedError(f"{len(self._pending)} pages are still on their way")
         home_of_page = {p: n for n, home in enumerate(homes) for p in pages_of(home.pages)}
@@ -1290,6 +1429,119 @@ class Scheduler:
         """Pages outside of all homes: backed, but not used for new blocks."""
         return self._pool.closed_pages()
 
+    # ------------------------------------------------------------ migrations: the source
+
+    def offer(self, request_id: RequestId) -> FrozenRequest | None:
+        """What a running request holds now; None if it does not run here. Its full blocks keep
+        their content for as long as it `is_offered`."""
+        state = self._requests.get(request_id)
+        if state is None or not state.is_running or state.is_aborted or state.is_stalled:
+            return None
+        self._offered.add(request_id)
+        return _holding(state)
+
+    def is_offered(self, request_id: RequestId) -> bool:
+        """True while it has not left the running set since its first `offer`."""
+        return request_id in self._offered
+
+    def end_offer(self, request_id: RequestId) -> None:
+        """Nobody copies it any more."""
+        self._offered.discard(request_id)
+
+    def take_out(self, request_id: RequestId) -> FrozenRequest | None:
+        """Take an offered request out of the running set; it keeps what it holds until `put_back`,
+        `give_away` or `abort`. None while a step computes it.
+
+        Raises:
+            AccountingError: it is not offered.
+        """
+        if request_id not in self._offered:
+            raise AccountingError(f"request {request_id} is taken out, but it is not offered")
+        state = self._requests[request_id]
+        if state.is_in_flight:
+            return None
+        self._step_back(state)
+        covered = self._blocks_for(state.computed_tokens)
+        self._release(state.block_table[covered:])
+        state.block_table = state.block_table[:covered]
+        self._taken_out[request_id] = state
+        return _holding(state)
+
+    def put_back(self, request_id: RequestId) -> None:
+        """A request that was taken out runs on; one that has been aborted does not."""
+        state = self._taken_out.pop(request_id, None)
+        if state is not None:
+            self._enter(state)
+
+    def give_away(self, request_id: RequestId) -> None:
+        """A request that was taken out runs elsewhere: forget it. Its full blocks stay cached."""
+        state = self._taken_out.pop(request_id, None)
+        if state is not None:
+            del self._requests[request_id]
+            self._release(state.block_table)
+
+    def withdraw(self, room_blocks: int, keep: Collection[RequestId]) -> tuple[RequestId, ...]:
+        """If the queue finds no room here, forget waiting requests, by arrival, which need at most
+        `room_blocks` in all; none of `keep`."""
+        if not self._waiting or self.load().head_blocks <= self._pool.available_blocks:
+            return ()
+        given: list[RequestId] = []
+        for state in tuple(self._waiting):
+            blocks = self._blocks_for(len(state.tokens))
+            if blocks <= room_blocks and state.request.id not in keep:
+                room_blocks -= blocks
+                given.append(state.request.id)
+                self.abort(state.request.id)
+        return tuple(given)
+
+    # ------------------------------------------------------------ migrations: the target
+
+    def reserve(self, migration: MigrationId, num_blocks: int) -> tuple[BlockId, ...] | None:
+        """Set blocks aside until there are `num_blocks` for a request that is on its way here. None
+        if there is no room for it: as at admission, besides what the head of the queue needs. The
+        first call counts as a lease seen."""
+        held = self._reserved.get(migration)
+        self._leases_seen += held is None
+        missing = num_blocks - len(held or ())
+        left = self._pool.available_blocks - missing
+        if held is None:
+            coming = len(self._running) + len(self._reserved)
+            watermark = int(self._config.watermark_fraction * self._pool.open_blocks)
+            if coming >= self._config.max_num_seqs or left < watermark + self.load().head_blocks:
+                return None
+        if left < 0:
+            return None
+        near = held[-1] if held else None
+        self._reserved[migration] = (held or ()) + self._pool.allocate(max(0, missing), near)
+        return self._reserved[migration]
+
+    def release_reserved(self, migration: MigrationId) -> None:
+        """What was set aside is not needed, and nobody writes it any more."""
+        self._release(self._reserved.pop(migration, ()))
+
+    def take_in(self, migration: MigrationId, request: Request, computed_tokens: int) -> None:
+        """A request has come, and the KV of its first `computed_tokens` tokens is in the blocks set
+        aside for it: it runs, as if it had been adopted.
+
+        Raises:
+            AccountingError: the id is leased already, all its tokens are computed, or too few
+                blocks were set aside. Nothing has changed then.
+        """
+        known = len(request.prompt_token_ids) + len(request.output_token_ids)
+        blocks, covered = self._reserved.get(migration, ()), self._blocks_for(computed_tokens)
+        if request.id in self._requests or computed_tokens >= known or len(blocks) < covered:
+            raise AccountingError(
+                f"request {request.id} with {computed_tokens} of {known} tokens computed, in "
+                f"{len(blocks)} blocks, cannot be taken in"
+            )
+        del self._reserved[migration]
+        self._release(blocks[covered:])
+        state = self._make_state(request)
+        state.computed_tokens, state.block_table = computed_tokens, blocks[:covered]
+        state.is_new = False
+        self._enter(state)
+        self._publish(state)
+
     # ------------------------------------------------------------ laws
 
     def check(self) -> None:
@@ -1300,8 +1552,10 @@ class Scheduler:
         """
         moving = [r for flight in self._flights.values() for r in flight.relocations]
         sources = [(relocation.source,) for relocation in moving]
-        self._pool.check([*sources, *(state.block_table for state in self._running)])
-        for state in self._running:
+        holders = (*self._running, *self._taken_out.values())
+        reserved = self._reserved.values()
+        self._pool.check([*sources, *reserved, *(state.block_table for state in holders)])
+        for state in holders:
             self._check_table(state)
             self._check_place(state)
         if {r.state for r in moving} != {state for state in self._running if state.is_moving}:
@@ -1309,13 +1563,30 @@ class Scheduler:
         for queue in (self._waiting, self._running):
             if any(a.order >= b.order for a, b in pairwise(queue)):
                 raise AccountingError("a queue is not in arrival order")
-        listed = {state.request.id: state for state in (*self._waiting, *self._running)}
-        if listed != self._requests or len(self._waiting) + len(self._running) != len(listed):
+        listed = {state.request.id: state for state in (*self._waiting, *holders)}
+        if listed != self._requests or len(self._waiting) + len(holders) != len(listed):
             raise AccountingError("a request is in two queues, or in none")
+        if not self._offered <= {state.request.id for state in self._running}:
+            raise AccountingError("a request is offered that does not run")
         if any(state.is_running or state.block_table for state in self._waiting):
             raise AccountingError("a waiting request holds blocks")
+        self._check_host_blocks()
         if self._queued_blocks != sum(self._blocks_for(len(s.tokens)) for s in self._waiting):
             raise AccountingError(f"queued_blocks is wrong: {self._queued_blocks}")
+
+    def _check_host_blocks(self) -> None:
+        states = self._requests.values()
+        swapping = [state.request.id for state in states if state.is_swapping]
+        self._swap.check((state.host_blocks for state in states), swapping)
+        for state in states:
+            name, is_held = state.request.id, bool(state.host_blocks)
+            is_here = state.is_running or name in self._taken_out
+            if is_held != (state.is_swapping if is_here else state.computed_tokens > 0):
+                raise AccountingError(f"request {name} has host blocks without need, or lacks them")
+            if is_held and len(state.host_blocks) != self._blocks_for(state.computed_tokens):
+                raise AccountingError(f"request {name} has {len(state.host_blocks)} host blocks")
+            if state.is_swapping and state.is_in_flight:
+                raise AccountingError(f"request {name} is in flight while it is copied")
 
     def _check_table(self, state: _RequestState) -> None:
         name, full_blocks = state.request.id, state.computed_tokens // self._config.block_size
@@ -1350,6 +1621,10 @@ def _chunk(state: _RequestState, tokens: int) -> Chunk:
         samples=start + tokens == len(state.tokens),
         output_index=state.num_output_tokens,
     )
+
+
+def _holding(state: _RequestState) -> FrozenRequest:
+    return FrozenRequest(state.request.id, state.computed_tokens, state.block_table)
 
 
 def _known_request(state: _RequestState) -> Request:

@@ -20,6 +20,7 @@ from typing import get_args
 
 import zmq
 
+from kunserve.core.decision import DecisionNote, Shortage
 from kunserve.core.errors import InstanceFailedError, KunserveError
 from kunserve.core.events import (
     AnswerWish,
@@ -38,7 +39,11 @@ from kunserve.core.events import (
     KillInstance,
     LayoutWished,
     LeaseRequest,
+    LogMigration,
+    LogRedispatch,
     LogTransition,
+    NoteDecision,
+    PolicySwitched,
     RefusalKind,
     RefuseRequest,
     RequestAborted,
@@ -48,6 +53,7 @@ from kunserve.core.events import (
     WishKind,
 )
 from kunserve.core.ids import InstanceId, RequestId
+from kunserve.core.migration import MigrationOrder, MigrationRecord, MigrationReport
 from kunserve.core.request import Request
 from kunserve.core.transition import (
     Fenced,
@@ -59,10 +65,11 @@ from kunserve.policy.book import ControllerConfig
 from kunserve.policy.controller import Controller
 from kunserve.policy.scheduler import SchedulerConfig
 from kunserve.runtime.codec import CodecError, LoadProgress, Shutdown, StartFailed
+from kunserve.runtime.decision_log import describe_note
 from kunserve.runtime.settings import InstanceSettings
 from kunserve.runtime.status import ClusterView
 from kunserve.runtime.supervisor import Supervisor
-from kunserve.runtime.transition_log import describe
+from kunserve.runtime.transition_log import describe, describe_migration
 from kunserve.runtime.transport import FrontSocket
 from kunserve.runtime.viewer import Viewer
 from kunserve.worker.settings import EngineSettings
@@ -70,14 +77,21 @@ from kunserve.worker.settings import EngineSettings
 logger = logging.getLogger("kunserve.cluster")
 
 TICK_S = 0.25
+VIEW_INTERVAL_NS = 20_000_000
 STALL_S = 0.5
 STALL_GRACE_S = 1.0
 """A tick this late means that this process, or the machine, stood still. Messages of that time may
 not have reached the inbox, so deadlines are looked at only after the grace (two heartbeats)."""
 STOP_GRACE_S = 3.0
 
-_ORDERS = (LeaseRequest, RevokeLease, FormGroup, *get_args(TransitionOrder))
-_REPORTS = (GroupReport, Heartbeat, *get_args(TransitionReport))
+_ORDERS = (
+    LeaseRequest,
+    RevokeLease,
+    FormGroup,
+    *get_args(TransitionOrder),
+    *get_args(MigrationOrder),
+)
+_REPORTS = (GroupReport, Heartbeat, *get_args(TransitionReport), *get_args(MigrationReport))
 
 Sink = Callable[[DeliverTokens | RefuseRequest], None]
 """Takes what happens to one request. Called on the cluster's thread; must not block."""
@@ -99,6 +113,7 @@ class ClusterSettings:
     check_accounting: bool = False
     exchange: str = "coordinated"
     link_gbps: float | None = None
+    profile_directory: str | None = None
 
 
 class Cluster:
@@ -133,6 +148,7 @@ class Cluster:
         self._drained = threading.Event()
         self._ended = threading.Event()
         self._view = ClusterView()
+        self._view_asked = False
         self._viewer = Viewer(self._controller, settings.controller)
         self._wishes: dict[int, OnAnswer] = {}
         self._wish_lock = threading.Lock()
@@ -143,7 +159,9 @@ class Cluster:
 
     @property
     def view(self) -> ClusterView:
-        """The last snapshot, at most a tick old."""
+        """The last snapshot, at most a tick old. Whoever asks often gets newer ones: the next is
+        taken with the next message, but not more than one in `VIEW_INTERVAL_NS`."""
+        self._view_asked = True
         return self._view
 
     @property
@@ -207,6 +225,10 @@ class Cluster:
     def wish_drain(self, instance: InstanceId, on_answer: OnAnswer) -> None:
         """Take an instance out of service; answered when its drain has begun or is refused."""
         self._post_wish(lambda number: InstanceDrainWished(number, instance), on_answer)
+
+    def switch_policy(self, may_drop: bool, on_answer: OnAnswer) -> None:
+        """Let the policy drop parameters, or forbid it."""
+        self._post_wish(lambda number: PolicySwitched(number, may_drop), on_answer)
 
     def _post_wish(self, event: Callable[[int], Event], on_answer: OnAnswer) -> None:
         with self._wish_lock:
@@ -288,6 +310,8 @@ class Cluster:
             self._take_inbox()
             late_s = time.monotonic() - next_tick
             if late_s < 0:
+                if self._view_asked and self._view_age_ns() >= VIEW_INTERVAL_NS:
+                    self._publish()
                 continue
             stalled = late_s > STALL_S
             next_tick = time.monotonic() + (STALL_GRACE_S if stalled else TICK_S)
@@ -369,6 +393,14 @@ class Cluster:
             self._answer(command)
         elif isinstance(command, LogTransition):
             self._log_transition(command.record)
+        elif isinstance(command, NoteDecision):
+            self._log_decision(command.note)
+        elif isinstance(command, LogMigration):
+            self._log_migration(command.record)
+        elif isinstance(command, LogRedispatch):
+            number, instance = len(command.request_ids), command.instance
+            logger.info("%d requests queued at instance %d are dispatched anew", number, instance)
+            self._viewer.count_redispatched(number)
 
     def _log_transition(self, record: TransitionRecord) -> None:
         """COMMIT leaves its record at once; the line for people comes when all is over."""
@@ -378,6 +410,15 @@ class Cluster:
         else:
             logger.info("%s", describe(record))
         self._viewer.count(record)
+
+    def _log_decision(self, note: DecisionNote) -> None:
+        level = logging.WARNING if isinstance(note, Shortage) else logging.INFO
+        logger.log(level, "%s", describe_note(note))
+        self._viewer.note(note)
+
+    def _log_migration(self, record: MigrationRecord) -> None:
+        logger.info("%s", describe_migration(record))
+        self._viewer.count_migration(record)
 
     def _answer(self, command: AnswerWish) -> None:
         self._publish()  # whoever is answered finds the layout of the answer
@@ -409,6 +450,7 @@ class Cluster:
                 check_accounting=settings.check_accounting,
                 exchange=settings.exchange,
                 link_gbps=settings.link_gbps,
+                profile_directory=settings.profile_directory,
             )
         )
         self._pidfds[child.pidfd] = command.instance
@@ -451,7 +493,11 @@ class Cluster:
 
     # ------------------------------------------------------------ snapshot
 
+    def _view_age_ns(self) -> int:
+        return time.monotonic_ns() - self._view.at_ns
+
     def _publish(self) -> None:
+        self._view_asked = False
         pids = {child.instance: child.process.pid for child in self._supervisor.children}
         self._view = self._viewer.view(pids, time.monotonic_ns(), time.thread_time_ns())
         self._on_view(self._view)

@@ -4,6 +4,7 @@
     front  <--reports----------  control <-answers- compute
     peers  <==rows, acks=====>   control --parts-> parts          (file, checksums)
     peers  ..pages, pulled..>    control --pulls-> pump           (transfer library)
+                                 control --copies> copies         (KV, to host memory and back)
 
 The control thread (main) takes messages in, schedules and reports; all others run one job at a
 time. So an abort, a lease or a heartbeat never waits for a long step.
@@ -20,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -35,6 +37,7 @@ from kunserve.core.actions import (
     Computed,
     Configure,
     Connect,
+    CopyKv,
     LoadPart,
     Pull,
     SendFront,
@@ -59,10 +62,11 @@ from kunserve.runtime.codec import CodecError, LoadProgress, Shutdown, StartFail
 from kunserve.runtime.peers import PeerMesh
 from kunserve.runtime.process import ignore_terminal_signals
 from kunserve.runtime.settings import InstanceSettings
-from kunserve.runtime.threads import ComputeThread, PartThread
+from kunserve.runtime.step_costs import find_cost_model
+from kunserve.runtime.threads import ComputeThread, CopyThread, PartThread
 from kunserve.runtime.transport import InstanceSocket
 from kunserve.worker.engine import Engine
-from kunserve.worker.profile import quick_fit
+from kunserve.worker.host_kv import HostKv
 
 logger = logging.getLogger("kunserve.instance")
 
@@ -136,7 +140,7 @@ class Links:
         spans = tuple(
             Span(
                 memory.identity_address(copy.local_page, copy.first_block * block_bytes),
-                base + copy.remote_page * page_bytes + copy.first_block * block_bytes,
+                base + copy.remote_page * page_bytes + copy.remote_first_block * block_bytes,
                 copy.num_blocks * block_bytes,
             )
             for copy in order.copies
@@ -167,6 +171,8 @@ class Instance:
         self._link = link
         self._compute = ComputeThread(engine.make_executor())
         self._parts = PartThread(engine)
+        host_blocks = settings.scheduler.host_blocks
+        self._copies = CopyThread(_host_kv(engine, host_blocks)) if host_blocks else None
         has_links = settings.engine.num_slots > 1
         self._links = Links(settings, engine, self._rows_wait) if has_links else None
         window = max(1, PULL_WINDOW_BYTES // engine.plan.geometry.page_bytes)
@@ -206,12 +212,16 @@ class Instance:
         finally:
             self._compute.join()
             self._parts.join()
+            if self._copies is not None:
+                self._copies.join()
             if self._links is not None:
                 self._links.close()
 
     def _make_poller(self) -> zmq.Poller:
         poller = zmq.Poller()
         sources: list[Any] = [self._link.socket, self._compute.wake_fd, self._parts.wake_fd]
+        if self._copies is not None:
+            sources.append(self._copies.wake_fd)
         if self._links is not None:
             sources += [self._links.mesh.socket, self._links.pump.wake_fd]
         for source in sources:
@@ -248,6 +258,8 @@ class Instance:
         self._take_messages()
         for done in self._compute.collect():
             self._take_computed(done)
+        for transfer in self._copies.answers() if self._copies is not None else ():
+            self._member.copied(transfer, time.monotonic_ns())
         for part in self._parts.answers():
             if part.error is not None:
                 logger.warning("transfer %d: %s", part.transfer, part.error)
@@ -315,6 +327,8 @@ class Instance:
             self._compute.configure(action.layers)
         elif isinstance(action, LoadPart | CheckPart):
             self._parts.submit(action)
+        elif isinstance(action, CopyKv) and self._copies is not None:
+            self._copies.submit(action)
         else:
             self._perform_link(action)
 
@@ -337,6 +351,11 @@ class Instance:
         heartbeat = self._member.heartbeat(self._compute.layers_done)
         if heartbeat is not None:
             self._link.send(heartbeat)
+
+
+def _host_kv(engine: Engine, num_blocks: int) -> HostKv:
+    bases = [engine.memory.kv_base(layer) for layer in range(engine.spec.num_layers)]
+    return HostKv(num_blocks, engine.plan.geometry.block_bytes, bases)
 
 
 def _work_first(actions: list[Action]) -> list[Action]:
@@ -365,8 +384,8 @@ def _serve(settings: InstanceSettings, link: InstanceSocket) -> None:
     progress("opening memory", 0.0)
     with Engine(settings.engine, progress) as engine:
         progress("measuring step times", 1.0)
-        cost_model = quick_fit(engine)
-        logger.info("step cost: %s", cost_model)
+        profiles = settings.profile_directory
+        cost_model = find_cost_model(engine, Path(profiles) if profiles else None)
         instance = Instance(settings, engine, cost_model, link)
         gc.freeze()  # what lives until the end: no collection needs to look at it again
         instance.run()

@@ -26,13 +26,18 @@ INTERVAL_S = 10.0
 
 @dataclass(frozen=True)
 class LoadCounts:
-    """The counters of a `GroupLoad`, by their names there. In tokens, but for `preemptions`."""
+    """The counters of a `GroupLoad`, by their names there. In tokens, but for
+    `preemptions` and what is swapped."""
 
     prompt_tokens: int = 0
     generated_tokens: int = 0
     preemptions: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
+    swapped_out: int = 0
+    swapped_in: int = 0
+    swap_bytes: int = 0
+    swap_refused: int = 0
 
     @classmethod
     def of(cls, load: GroupLoad) -> Self:

@@ -1,4 +1,5 @@
-"""The threads of an instance beside its control thread: one computes, one loads parts.
+"""The threads of an instance beside its control thread: one computes, one loads parts, one copies
+KV to host memory and back.
 
 Each takes one kind of job from a queue and wakes the control thread through an eventfd. Nothing is
 shared but the memory of the engine, whose mappings only the control thread changes, and only where
@@ -17,12 +18,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from kunserve.core.actions import CheckPart, Computed, LoadPart, RunFirst, RunHead, RunStage, Work
+from kunserve.core.actions import (
+    CheckPart,
+    Computed,
+    CopyKv,
+    LoadPart,
+    RunFirst,
+    RunHead,
+    RunStage,
+    Work,
+)
 from kunserve.core.errors import AccountingError, KunserveError
 from kunserve.core.layout import LayerRange
 from kunserve.core.step import StepResult
 from kunserve.worker.decoder import StepCancelledError
 from kunserve.worker.engine import Engine
+from kunserve.worker.host_kv import HostKv
 from kunserve.worker.stage import StageExecutor
 
 COMPUTE_NICENESS = 5
@@ -264,3 +275,24 @@ class PartThread(WorkerThread[LoadPart | CheckPart, PartDone]):
         except KunserveError as error:
             return PartDone(job.transfer, str(error))
         return PartDone(job.transfer, None)
+
+
+class CopyThread(WorkerThread[CopyKv, int]):
+    """Copies KV to host memory and back, in order, while steps compute; answers with transfers.
+
+    Args:
+        host_kv: closed with the thread.
+    """
+
+    def __init__(self, host_kv: HostKv) -> None:
+        super().__init__("copies", self._copy)
+        self._host_kv = host_kv
+
+    def _copy(self, order: CopyKv) -> int:
+        self._host_kv.copy(order)
+        return order.transfer
+
+    def join(self) -> None:
+        """End the thread when its copies are done, and give the host memory back."""
+        super().join()
+        self._host_kv.close()

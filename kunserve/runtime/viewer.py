@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 
+from kunserve.core.decision import Decision, DecisionNote, Realised, Verdict
 from kunserve.core.ids import InstanceId
 from kunserve.core.layout import stage_holds
+from kunserve.core.migration import MigrationRecord
 from kunserve.core.transition import TransitionRecord
 from kunserve.policy.book import ControllerConfig, GroupRecord, InstanceRecord, InstanceState
 from kunserve.policy.controller import Controller
-from kunserve.runtime.status import ClusterView, GroupStatus, InstanceStatus, TransitionTotals
+from kunserve.runtime.status import (
+    ClusterView,
+    DecisionTotals,
+    GroupStatus,
+    InstanceStatus,
+    MigrationTotals,
+    TransitionTotals,
+)
 
 
 class Viewer:
@@ -21,8 +31,36 @@ class Viewer:
         self._config = config
         self._part_pages = dict(config.part_pages)
         self._totals = TransitionTotals()
+        self._migrations = MigrationTotals()
         self._last: TransitionRecord | None = None
         self._last_ns: int | None = None
+        self._decisions = DecisionTotals()
+        self._last_decision: Decision | None = None
+
+    def note(self, note: DecisionNote) -> None:
+        """Take in a decision of the overload policy, or what came of one."""
+        totals = self._decisions
+        if isinstance(note, Decision):
+            self._last_decision = note
+            verdicts, saved = Counter(totals.verdicts), dict(totals.saved_ns)
+            verdicts[(note.kind, note.verdict.value)] += 1
+            if note.kind == "drop" and note.verdict in (Verdict.ACT, Verdict.WOULD_ACT):
+                word = note.verdict.value
+                saved[word] = saved.get(word, 0.0) + note.saved_ns
+            self._decisions = replace(totals, verdicts=verdicts, saved_ns=saved)
+        elif isinstance(note, Realised):
+            self._decisions = replace(
+                totals,
+                watched=totals.watched + note.requests,
+                predicted_ns=totals.predicted_ns + note.predicted_ns,
+                realised_ns=totals.realised_ns + note.realised_ns,
+            )
+        else:
+            self._decisions = replace(
+                totals,
+                lacking_blocks=note.lacking_blocks,
+                instances_wanted=note.instances_wanted,
+            )
 
     def count(self, record: TransitionRecord) -> None:
         """Take in a record; one at COMMIT is not the end of its transition."""
@@ -46,6 +84,18 @@ class Viewer:
             degraded_ns=totals.degraded_ns,
         )
 
+    def count_migration(self, record: MigrationRecord) -> None:
+        """Take in a record of a migration that is over."""
+        outcomes = Counter(self._migrations.outcomes)
+        outcomes[record.outcome] += 1
+        moved_bytes = self._migrations.moved_bytes + record.moved_bytes
+        self._migrations = replace(self._migrations, outcomes=outcomes, moved_bytes=moved_bytes)
+
+    def count_redispatched(self, number: int) -> None:
+        """So many requests were taken back from a queue."""
+        redispatched = self._migrations.redispatched + number
+        self._migrations = replace(self._migrations, redispatched=redispatched)
+
     def view(self, pids: Mapping[InstanceId, int], now_ns: int, cpu_ns: int) -> ClusterView:
         """The cluster now."""
         controller = self._controller
@@ -63,9 +113,14 @@ class Viewer:
             block_size=self._config.block_size,
             dropped_bytes=self._dropped_pages() * self._config.page_bytes,
             totals=self._totals,
+            migrations=replace(self._migrations, num_running=len(controller.migrations)),
             last_transition=self._last,
             cpu_ns=cpu_ns,
             at_ns=now_ns,
+            policy=self._config.policy.value,
+            may_drop=controller.may_drop,
+            decisions=self._decisions,
+            last_decision=self._last_decision,
         )
 
     def _count_degraded(self, now_ns: int) -> None:
@@ -102,6 +157,7 @@ class Viewer:
             load=group.load if group is not None and leads else None,
             timing=record.timing,
             pages=record.pages,
+            costs=record.costs,
         )
 
     def _dropped_pages(self) -> int:

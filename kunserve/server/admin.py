@@ -5,6 +5,7 @@
     POST /admin/drop     {}
     POST /admin/restore  {}
     POST /admin/drain    {"instance": 1}
+    POST /admin/policy   {"drop": false}      the kill switch
 
 The controller answers every wish, so none has a deadline here: a drop is answered at COMMIT, which
 may wait for another transition to end.
@@ -18,7 +19,7 @@ from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, NamedTuple, Protocol, TypeVar
 
 import pydantic_core
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -30,6 +31,7 @@ from kunserve.core.errors import ConfigError, KunserveError
 from kunserve.core.events import WishKind
 from kunserve.core.ids import InstanceId
 from kunserve.core.transition import TransitionRecord
+from kunserve.runtime.decision_log import describe_note
 from kunserve.runtime.status import ClusterView, GroupStatus, InstanceStatus
 from kunserve.runtime.transition_log import describe
 from kunserve.server.errors import HttpError, handle_error, json_response
@@ -60,6 +62,9 @@ class ClusterControl(Protocol):
     def wish_drain(self, instance: InstanceId, on_answer: OnAnswer) -> None:
         """Take an instance out of service; answered when its drain has begun or is refused."""
 
+    def switch_policy(self, may_drop: bool, on_answer: OnAnswer) -> None:
+        """Let the policy drop parameters, or forbid it; answered at once."""
+
 
 # ---------------------------------------------------------------- bodies
 
@@ -83,6 +88,12 @@ class LayoutBody(_Body):
     groups: Annotated[
         list[Annotated[list[_InstanceNumber], Field(min_length=1)]], Field(min_length=1)
     ]
+
+
+class PolicyBody(_Body):
+    """May the policy drop parameters?"""
+
+    drop: StrictBool
 
 
 class DrainBody(_Body):
@@ -128,13 +139,17 @@ async def read_body(request: Request, model: type[BodyT]) -> BodyT:
 
 
 def layout_json(view: ClusterView) -> dict[str, Any]:
-    """The layout as GET /admin/layout shows it. Layers are half-open, capacities in tokens."""
+    """The layout as GET /admin/layout shows it, at `at_ns` of the monotonic clock. Layers are
+    half-open, capacities in tokens, `costs_ns` the constants of the cost model."""
     return {
+        "at_ns": view.at_ns,
         "epoch": view.epoch,
         "groups": [_group_json(group, view.block_size) for group in view.groups],
         "instances": [_instance_json(instance) for instance in view.instances],
         "dropped_bytes": view.dropped_bytes,
         "last_transition": view.last_transition and _transition_json(view.last_transition),
+        "policy": {"name": view.policy, "drop": view.may_drop},
+        "last_decision": view.last_decision and describe_note(view.last_decision),
     }
 
 
@@ -148,7 +163,10 @@ def _group_json(status: GroupStatus, block_size: int) -> dict[str, Any]:
         ],
         "kv_tokens": status.kv_blocks * block_size,
         "kv_tokens_whole": status.whole_blocks * block_size,
+        "kv_tokens_used": status.used_blocks * block_size,
+        "kv_tokens_queued": status.queued_blocks * block_size,
         "num_requests": status.num_requests,
+        "num_waiting": status.load.num_waiting if status.load else 0,
         "in_transition": status.in_transition,
     }
 
@@ -159,6 +177,7 @@ def _instance_json(status: InstanceStatus) -> dict[str, Any]:
         "pid": status.pid,
         "state": status.state,
         "pages": dict(status.pages),
+        "costs_ns": list(status.costs),
     }
 
 
@@ -226,6 +245,11 @@ class AdminRoutes:
             lambda answer: self._cluster.wish_drain(InstanceId(body.instance), answer), "instance"
         )
 
+    async def policy(self, request: Request) -> Response:
+        """The kill switch of the overload policy."""
+        body = await read_body(request, PolicyBody)
+        return await self._ask(lambda answer: self._cluster.switch_policy(body.drop, answer))
+
     async def _ask(self, wish: Callable[[OnAnswer], None], param: str | None = None) -> Response:
         """Wish, wait, and answer: 200, 409 where it cannot be now, 400 where it never can."""
         granted, message = await _answer_of(wish)
@@ -282,6 +306,7 @@ def create_admin_app(cluster: ClusterControl, keys: tuple[str, ...]) -> Starlett
             Route("/admin/drop", _unless_gone(routes.drop), methods=["POST"]),
             Route("/admin/restore", _unless_gone(routes.restore), methods=["POST"]),
             Route("/admin/drain", _unless_gone(routes.drain), methods=["POST"]),
+            Route("/admin/policy", _unless_gone(routes.policy), methods=["POST"]),
         ],
         middleware=[Middleware(ApiKeyMiddleware, api_keys=keys)],
         exception_handlers={

@@ -107,6 +107,9 @@ class ClusterEngine:
             block_size=view.block_size,
             dropped_bytes=view.dropped_bytes,
             totals=view.totals,
+            may_drop=view.may_drop,
+            decisions=view.decisions,
+            migrations=view.migrations,
         )
 
     def _is_healthy(self, view: ClusterView) -> bool:

@@ -9,7 +9,13 @@ from typing import Protocol
 from kunserve.core.ids import InstanceId, RequestId
 from kunserve.core.request import SamplingParams, TokenOutput
 from kunserve.runtime.stats_log import InstanceCounters
-from kunserve.runtime.status import GroupStatus, InstanceStatus, TransitionTotals
+from kunserve.runtime.status import (
+    DecisionTotals,
+    GroupStatus,
+    InstanceStatus,
+    MigrationTotals,
+    TransitionTotals,
+)
 
 __all__ = ["EngineClient", "EngineStatus", "InstanceStatus"]
 
@@ -21,8 +27,9 @@ class EngineStatus:
     has been silent past its deadline.
     `controller_cpu_s`: what the controller's thread has computed since the start.
     `counters`: what every instance did since the start of the front; they never go back.
-    `epoch`, `groups`, `dropped_bytes` (of parameters) and `totals`: of the layout, as in
-    `ClusterView`. `block_size`: tokens of a KV block."""
+    `epoch`, `groups`, `dropped_bytes` (of parameters), `totals` and `migrations`: of the layout and
+    of requests that moved, as in `ClusterView`, as are `may_drop` and `decisions` of the overload
+    policy. `block_size`: tokens of a KV block."""
 
     ready: bool
     healthy: bool
@@ -36,6 +43,9 @@ class EngineStatus:
     block_size: int = 0
     dropped_bytes: int = 0
     totals: TransitionTotals = TransitionTotals()
+    may_drop: bool = False
+    decisions: DecisionTotals = DecisionTotals()
+    migrations: MigrationTotals = MigrationTotals()
 
 
 class EngineClient(Protocol):

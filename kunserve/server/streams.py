@@ -17,6 +17,8 @@ from kunserve.core.request import SamplingParams, TokenOutput
 from kunserve.server.engine import EngineClient
 from kunserve.server.metrics import SequenceTimer
 
+NS_PER_S = 1e9
+
 logger = logging.getLogger(__name__)
 
 
@@ -108,6 +110,8 @@ class TokenStreams:
             async with contextlib.aclosing(stream):
                 async for outputs in stream:
                     timer.tokens(len(outputs))
+                    if outputs[0].queued_ns is not None:
+                        timer.queued(outputs[0].queued_ns / NS_PER_S)
                     self._arrived.setdefault(index, []).extend(outputs)
                     self._wakeup.set()
             self._ended.add(index)

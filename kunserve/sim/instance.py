@@ -22,6 +22,7 @@ from kunserve.core.actions import (
     Computed,
     Configure,
     Connect,
+    CopyKv,
     LoadPart,
     Pull,
     RunFirst,
@@ -35,6 +36,7 @@ from kunserve.core.events import GroupReport, Heartbeat, InstanceReady
 from kunserve.core.ids import InstanceId, RequestId, SlotId
 from kunserve.core.layout import Group, Part, PartKind
 from kunserve.core.memory import PageRun, pages_of
+from kunserve.core.migration import MigrationReport
 from kunserve.core.step import StepResult
 from kunserve.core.transition import PeerAddress, PeerMessage, TransitionReport
 from kunserve.policy.cost_model import ChunkShape, CostModel
@@ -42,6 +44,7 @@ from kunserve.policy.member import Member, MemberConfig, MemberMessage
 from kunserve.policy.memory import MemoryBook
 from kunserve.policy.pages import MAX_SLOTS, MemoryPlan, PageGeometry, SlotMap
 from kunserve.policy.scheduler import SchedulerConfig
+from kunserve.sim.host_kv import SimHostKv
 from kunserve.sim.memory import PhysicalPages, TableMapper
 from kunserve.sim.pump import PullAnswer, Pump
 from kunserve.sim.timeline import FOREVER_NS, MICROSECOND_NS, MILLISECOND_NS, SpanNs, Timeline
@@ -53,7 +56,7 @@ WAKE_NS = 20 * MICROSECOND_NS
 BLOCK_BYTES = 64
 
 DownMessage = MemberMessage
-UpMessage = InstanceReady | GroupReport | Heartbeat | TransitionReport
+UpMessage = InstanceReady | GroupReport | Heartbeat | TransitionReport | MigrationReport
 
 
 @dataclass(frozen=True)
@@ -115,10 +118,11 @@ class SimInstanceConfig:
 
 @dataclass(frozen=True)
 class Spans:
-    """How long transfers and reads of parts take."""
+    """How long transfers and reads of parts take, and the copy of one block to host memory."""
 
     pull: SpanNs
     part: SpanNs
+    copy: SpanNs
 
 
 class Network(Protocol):
@@ -194,6 +198,7 @@ class SimInstance:
         self._inbox: list[DownMessage] = []
         self._peer_inbox: list[tuple[PeerMessage, Any]] = []
         self._computed: list[Computed] = []
+        self._copied: list[int] = []
         self._pulled: list[PullAnswer] = []
         self._parts_ready: list[PullAnswer] = []
         self._parts_under_way = 0
@@ -242,6 +247,9 @@ class SimInstance:
             self._pages_of_peer,
             self._take_pulled,
             self._spans.pull,
+        )
+        self._host_kv = SimHostKv(
+            self._mapper, config.num_layers, self._timeline, self._rng, self._spans.copy
         )
 
     # ------------------------------------------------------------ what the world does to it
@@ -302,6 +310,11 @@ class SimInstance:
     def preemptions(self) -> int:
         """Preemptions of its scheduler so far."""
         return self.member.preemptions
+
+    @property
+    def swapped_in(self) -> int:
+        """Requests that its scheduler has brought back from host memory so far."""
+        return self.member.swapped_in
 
     def is_idle(self) -> bool:
         """No message is unread, no request leased, no step under way, no end foreseen."""
@@ -382,6 +395,9 @@ class SimInstance:
         computed, self._computed = self._computed, []
         for answer in computed:
             member.computed(answer, now_ns)
+        copied, self._copied = self._copied, []
+        for transfer in copied:
+            member.copied(transfer, now_ns)
         parts, self._parts_ready = self._parts_ready, []
         for transfer, error in parts:
             member.part_ready(transfer, error)
@@ -423,6 +439,10 @@ class SimInstance:
             self._pump.cancel()
         elif isinstance(action, LoadPart | CheckPart):
             self._work_on_part(action)
+        elif isinstance(action, CopyKv):
+            self._host_kv.begin(
+                action, partial(self._when_running, partial(self._end_copy, action))
+            )
         elif isinstance(action, Connect):
             self._peers = {peer.instance: peer for peer in action.peers}
         else:
@@ -519,6 +539,11 @@ class SimInstance:
             return self._layers_done
         at_ns = min(self._timeline.now_ns, self._stuck_since_ns, flight.end_ns)
         return self._layers_done + max(0, at_ns - flight.begin_ns) // flight.layer_ns
+
+    def _end_copy(self, order: CopyKv) -> None:
+        self._host_kv.end(order)
+        self._copied.append(order.transfer)
+        self._wake()
 
     # ------------------------------------------------------------ transfers
 

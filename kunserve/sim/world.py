@@ -32,7 +32,10 @@ from kunserve.core.events import (
     InstanceLost,
     KillInstance,
     LeaseRequest,
+    LogMigration,
+    LogRedispatch,
     LogTransition,
+    NoteDecision,
     RefusalKind,
     RefuseRequest,
     RequestAborted,
@@ -41,6 +44,7 @@ from kunserve.core.events import (
     StartInstance,
 )
 from kunserve.core.ids import InstanceId, RequestId
+from kunserve.core.migration import MigrationOrder
 from kunserve.core.transition import PeerAddress, PeerMessage, Prepare, TransitionOrder
 from kunserve.policy.book import InstanceRecord, InstanceState
 from kunserve.policy.controller import Controller
@@ -98,8 +102,14 @@ class Outcome:
     granted_wishes: int = 0
     transitions: dict[str, int] = field(default_factory=dict)
     """Ends of transitions, by outcome."""
+    migrations: dict[str, int] = field(default_factory=dict)
+    """Ends of migrations, by outcome."""
+    redispatched: int = 0
+    """Requests that were taken back from a queue."""
     struck_pulls: int = 0
     """Pulls that a fault of a link has slowed down, held up or ended."""
+    swapped_in: int = 0
+    """Requests that came back from host memory."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +179,7 @@ class World:
         self._is_draining = False
         self._is_drained = False
         self._preemptions = 0
+        self._swapped_in = 0
         self._struck_pulls = 0
         self._kills = 0
         self._perform_by_type: dict[type, Callable[..., None]] = {
@@ -182,8 +193,12 @@ class World:
             DrainComplete: self._drained,
             AnswerWish: lambda command: None,
             LogTransition: self._log,
+            NoteDecision: lambda command: None,
+            LogMigration: self._log,
+            LogRedispatch: self._log,
         }
-        self._perform_by_type |= dict.fromkeys(get_args(TransitionOrder), self._send_down)
+        orders = (*get_args(TransitionOrder), *get_args(MigrationOrder))
+        self._perform_by_type |= dict.fromkeys(orders, self._send_down)
         self._perform_by_type[Prepare] = self._prepare
         self._strikes: dict[type, Callable[[SimInstance, Any], None]] = {
             Crash: lambda instance, fault: self.end_by_itself(fault.instance),
@@ -280,6 +295,8 @@ class World:
             return False
         if (self._is_draining and not self._is_drained) or self._controller.is_in_transition:
             return False
+        if not self._controller.is_settled and not self._is_drained:
+            return False
         return all(
             record.state is InstanceState.DEAD
             or self._is_drained_for_good(record)
@@ -341,8 +358,12 @@ class World:
             commits=self._laws.commits,
             granted_wishes=self._laws.granted,
             transitions=dict(Counter(self._laws.outcomes)),
+            migrations=dict(Counter(self._laws.migration_outcomes)),
+            redispatched=self._laws.redispatched,
             struck_pulls=self._struck_pulls
             + sum(process.instance.pump.struck for process in self._processes.values()),
+            swapped_in=self._swapped_in
+            + sum(process.instance.swapped_in for process in self._processes.values()),
         )
 
     # ------------------------------------------------------------ the loop of both worlds
@@ -410,7 +431,7 @@ class World:
         self._laws.wished(wish)
         self._handle(wish)
 
-    def _log(self, command: LogTransition) -> None:
+    def _log(self, command: LogTransition | LogMigration | LogRedispatch) -> None:
         """A record for the log: the trace has it."""
 
     # ------------------------------------------------------------ processes
@@ -442,7 +463,7 @@ class World:
             timeline=timeline,
             rng=rng,
             network=_Network(self, command.instance, command.incarnation, up),
-            spans=Spans(delays.pull, delays.part),
+            spans=Spans(delays.pull, delays.part, delays.copy),
             num_instances=self._scenario.controller.num_instances,
             cost_factor=factors.get(int(command.instance), 1.0),
             load_ns=delays.load.draw(rng),
@@ -524,6 +545,7 @@ class World:
         del self._processes[instance.instance]
         self._losses[instance.instance] += 1
         self._preemptions += instance.preemptions
+        self._swapped_in += instance.swapped_in
         self._struck_pulls += instance.pump.struck
         self._laws.instance_lost(instance.instance)
         self._handle(InstanceLost(instance.instance, instance.incarnation, reason))

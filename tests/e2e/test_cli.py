@@ -99,7 +99,37 @@ def error_of(err: str) -> str:
         ("bench engine --threads -1", "1"),
         ("bench engine --batch-sizes ,", ""),
         ("bench engine --kv-cache-memory-bytes 12xyz", "'12xyz' is not a size"),
-        ("demo --num-requests many", "--num-requests"),
+        ("demo --out", "--out"),
+        ("bench overload --height 2", "1.0x-merged"),
+        ("bench overload --height 0x-whole", "0x-whole"),
+        ("bench overload --sweep 1.0x-merged tall", "'tall'"),
+        ("bench overload --policies llumnix", "llumnix"),
+        ("bench overload --seeds -1", "-1"),
+        ("bench overload --seeds 1 1", "--seeds"),
+        ("bench overload --policies swap swap", "--policies"),
+        ("bench overload --ablation --two-bursts", "--ablation"),
+        ("bench overload --weights-share 1", "--weights-share"),
+        ("bench overload --instances 1", "--instances"),
+        ("bench overload --burst -1", "positive"),
+        ("bench overload --steady-share 1.5", "steady share"),
+        ("bench overload --rates 5,2", "5,2"),
+        ("bench overload --rates 1,2 --sweep", "--rates"),
+        ("bench overload --external vllm", "NAME=URL"),
+        ("bench overload --input-len 0", "input length"),
+        ("bench overload --lengths /no/such/file.csv", "/no/such/file.csv"),
+        ("bench overload --lengths-task qa", "--lengths"),
+        ("bench overload --request-timeout 0", "--request-timeout"),
+        ("bench overload --json /no/such/directory/o.json", "--json"),
+        ("profile a b", "b"),
+        ("profile --threads-per-instance -1", "--threads-per-instance"),
+        ("profile --threads-per-instance many", "--threads-per-instance"),
+        ("profile --block-size 17", "--block-size"),
+        ("profile --kv-cache-memory-bytes 12xyz", "'12xyz' is not a size"),
+        ("profile --seconds 0", "--seconds"),
+        ("profile --seconds nan", "--seconds"),
+        ("profile --seconds soon", "--seconds"),
+        ("profile --seed x", "--seed"),
+        ("profile --json /nowhere/at/all.json", "--json"),
     ],
 )
 def test_nonsense_is_exit_code_2_and_one_line(
@@ -115,7 +145,18 @@ def test_version(run: Callable[..., Outcome]):
 
 
 @pytest.mark.parametrize(
-    "command", ["", "serve", "top", "bench", "bench engine", "bench serve", "demo"]
+    "command",
+    [
+        "",
+        "serve",
+        "top",
+        "bench",
+        "bench engine",
+        "bench serve",
+        "bench overload",
+        "demo",
+        "profile",
+    ],
 )
 def test_help(run: Callable[..., Outcome], command: str):
     code, out, err = run(*command.split(), "--help")

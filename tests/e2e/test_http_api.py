@@ -852,7 +852,7 @@ def test_metrics_of_a_layout(server: Server):
     leader, other = MERGED.instances
     server.engine.view = replace(
         MERGED,
-        groups=(replace(group, load=LOAD, in_transition="MOVE"),),
+        groups=(replace(group, load=replace(LOAD, queued_blocks=16), in_transition="MOVE"),),
         instances=(replace(leader, load=LOAD, timing=StepTiming(9, 10**9, 10**8)), other),
         totals=TransitionTotals(
             outcomes={("drop", "done"): 2, ("drop", "aborted"): 1},
@@ -873,6 +873,7 @@ def test_metrics_of_a_layout(server: Server):
         "kv_capacity_tokens{%s}": 3200,
         "kv_capacity_tokens_whole{%s}": 1920,
         "kv_used_tokens{%s}": used,
+        "kv_queued_tokens{%s}": 16 * 16,
         "kv_capacity_usage_perc{%s}": used / 3200,
         "kv_capacity_usage_perc_whole{%s}": used / 1920,
         "parameter_dropped_bytes{%s}": 1000,

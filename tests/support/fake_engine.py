@@ -192,6 +192,9 @@ class FakeCluster:
     def wish_drain(self, instance: InstanceId, on_answer: OnAnswer) -> None:
         self._take(on_answer, "drain", instance)
 
+    def switch_policy(self, may_drop: bool, on_answer: OnAnswer) -> None:
+        self._take(on_answer, "policy", may_drop)
+
     def _take(self, on_answer: OnAnswer, *wish: object) -> None:
         self.wishes.append(wish)
         self.in_thread(self.script, on_answer)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -14,10 +15,10 @@ from kunserve.core.ids import TransitionId
 from kunserve.core.transition import PhaseTime, TransitionRecord
 from kunserve.runtime.status import ClusterView
 from kunserve.server.admin import MAX_BODY_BYTES, OnAnswer, create_admin_app
-from tests.support.fake_engine import APART, MERGED, FakeCluster
+from tests.support.fake_engine import APART, LOAD, MERGED, FakeCluster
 
 KEY = "sekret-ключ"
-POSTS = ("/admin/layout", "/admin/drop", "/admin/restore", "/admin/drain")
+POSTS = ("/admin/layout", "/admin/drop", "/admin/restore", "/admin/drain", "/admin/policy")
 
 
 @pytest.fixture
@@ -94,9 +95,18 @@ def test_an_app_without_a_key_is_refused(cluster: FakeCluster, keys: tuple[str, 
 
 
 def test_the_layout(cluster: FakeCluster):
+    busy = replace(APART.groups[0], load=replace(LOAD, queued_blocks=6))
+    ready = replace(APART.instances[0], costs=(1.5, 2.0))
+    cluster.view = replace(
+        APART,
+        groups=(busy, APART.groups[1]),
+        instances=(ready, APART.instances[1]),
+        at_ns=7,
+    )
     response = ask(cluster, "GET", "/admin/layout")
     assert response.headers["content-type"] == "application/json"
     assert response.json() == {
+        "at_ns": 7,
         "epoch": 3,
         "groups": [
             {
@@ -105,18 +115,26 @@ def test_the_layout(cluster: FakeCluster):
                 "stages": [{"instance": index, "layers": [0, 30]}],
                 "kv_tokens": 1600,
                 "kv_tokens_whole": 960,
+                "kv_tokens_used": (400, 0)[index],
+                "kv_tokens_queued": (96, 0)[index],
                 "num_requests": 4,
+                "num_waiting": (2, 0)[index],
                 "in_transition": None,
             }
             for index in range(2)
         ],
         "instances": [
-            {"id": 0, "pid": 71, "state": "ready", "pages": {"part": 5, "free": 2}},
-            {"id": 1, "pid": None, "state": "waiting for restart", "pages": {}},
+            {
+                "id": 0, "pid": 71, "state": "ready", "pages": {"part": 5, "free": 2},
+                "costs_ns": [1.5, 2.0],
+            },
+            {"id": 1, "pid": None, "state": "waiting for restart", "pages": {}, "costs_ns": []},
         ],
         "dropped_bytes": 0,
+        "last_decision": None,
+        "policy": {"name": "", "drop": False},
         "last_transition": None,
-    }
+    }  # fmt: skip
 
 
 def test_the_last_transition(cluster: FakeCluster):
@@ -143,6 +161,7 @@ def test_the_last_transition(cluster: FakeCluster):
         ("/admin/drop", {}, (WishKind.DROP, ())),
         ("/admin/restore", {}, (WishKind.RESTORE, ())),
         ("/admin/drain", {"instance": 1}, ("drain", 1)),
+        ("/admin/policy", {"drop": False}, ("policy", False)),
     ],
 )  # fmt: skip
 def test_a_granted_wish_shows_the_new_layout(
@@ -210,6 +229,9 @@ def test_an_illegal_wish(cluster: FakeCluster, path: str, body: dict[str, Any], 
         ("/admin/drop", b'{"instances": [0]}', "instances"),
         ("/admin/restore", b'{"x": 1}', "x"),
         ("/admin/drain", b"", "instance"),
+        ("/admin/policy", b"", "drop"),
+        ("/admin/policy", b'{"drop": 0}', "drop"),
+        ("/admin/policy", b'{"drop": "false"}', "drop"),
         ("/admin/drain", b'{"instance": "1"}', "instance"),
         ("/admin/drain", b'{"instance": true}', "instance"),
         ("/admin/drain", b'{"instance": 1.5}', "instance"),

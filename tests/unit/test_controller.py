@@ -142,6 +142,19 @@ def test_a_request_is_leased_and_its_tokens_are_delivered_until_it_ends() -> Non
     assert front.controller.num_requests == 0
 
 
+def test_the_first_token_says_how_long_its_request_waited() -> None:
+    front = serving()
+    front.submit(A)
+    front.now_ns = 7
+    front.handle(report(started=[A]))
+    front.now_ns = 20
+    (delivered,) = front.handle(report(token(A, 0), token(A, 1)))
+    assert isinstance(delivered, DeliverTokens)
+    assert [output.queued_ns for output in delivered.outputs] == [7, None]
+    # It is no part of what the token is.
+    assert delivered.outputs == (token(A, 0), token(A, 1))
+
+
 def test_a_report_may_carry_tokens_of_several_requests() -> None:
     front = serving()
     front.submit(A)
