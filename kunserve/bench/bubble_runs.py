@@ -1,7 +1,7 @@
 """A queue on a server of its own whose two instances are merged, for `kunserve bench bubbles`.
 
-What a stage computes is the CPU time of its compute thread; the rest of the time it was idle or
-waited for a core, so bubbles are upper limits.
+A stage is idle when its compute thread sleeps. Time in which it waits for a core that others have
+is none: on a machine whose cores are all taken that is no fault of how batches are formed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kunserve.bench.cluster import (
     BenchServer,
     Stream,
     bench_server,
-    compute_cpu_s,
+    compute_busy_s,
 )
 from kunserve.bench.workload import RequestShape
 
@@ -58,19 +58,19 @@ async def serve_queue(
 async def _serve(server: BenchServer, queue: Sequence[RequestShape]) -> ServedQueue:
     pids = await _stage_pids(server)
     (before,) = await server.counters("num_preemptions")
-    begin_ns, begin_cpu = time.monotonic_ns(), _cpu_s(pids)
+    begin_ns, begin_s = time.monotonic_ns(), _busy_s(pids)
     streams = [server.send(shape.prompt_tokens, shape.output_tokens) for shape in queue]
     await _until(streams, 1)
-    queue_s, queue_cpu = _since(begin_ns), _cpu_s(pids)
+    queue_s, queue_busy = _since(begin_ns), _busy_s(pids)
     await asyncio.gather(*(stream.task for stream in streams if stream.task is not None))
-    elapsed_s, end_cpu = _since(begin_ns), _cpu_s(pids)
+    elapsed_s, end_s = _since(begin_ns), _busy_s(pids)
     _check(streams, queue)
     (after,) = await server.counters("num_preemptions")
     return ServedQueue(
         elapsed_s=elapsed_s,
         queue_s=queue_s,
-        bubbles=_bubbles(begin_cpu, end_cpu, elapsed_s),
-        queue_bubbles=_bubbles(begin_cpu, queue_cpu, queue_s),
+        bubbles=_bubbles(begin_s, end_s, elapsed_s),
+        queue_bubbles=_bubbles(begin_s, queue_busy, queue_s),
         mean_first_token_s=statistics.mean(stream.first_token_ms for stream in streams) / 1000,
         preemptions=round(sum(after.values()) - sum(before.values())),
     )
@@ -106,8 +106,8 @@ def _since(begin_ns: int) -> float:
     return (time.monotonic_ns() - begin_ns) / NS_PER_S
 
 
-def _cpu_s(pids: Sequence[int]) -> tuple[float, ...]:
-    return tuple(map(compute_cpu_s, pids))
+def _busy_s(pids: Sequence[int]) -> tuple[float, ...]:
+    return tuple(map(compute_busy_s, pids))
 
 
 def _bubbles(

@@ -368,10 +368,26 @@ def compute_cpu_s(pid: int) -> float:
     Raises:
         BenchError: the process has no such thread.
     """
+    stat = (_compute_task(pid) / "stat").read_text(encoding="ascii")
+    words = stat.rpartition(")")[2].split()
+    return (int(words[11]) + int(words[12])) / _CLOCK_TICKS_PER_S
+
+
+def compute_busy_s(pid: int) -> float:
+    """Time in which the compute thread of an instance had something to do: on a core, or waiting
+    for one that others had (/proc/PID/task/TID/schedstat).
+
+    Raises:
+        BenchError: the process has no such thread.
+    """
+    words = (_compute_task(pid) / "schedstat").read_text(encoding="ascii").split()
+    return (int(words[0]) + int(words[1])) / NS_PER_S
+
+
+def _compute_task(pid: int) -> Path:
     for task in Path(f"/proc/{pid}/task").iterdir():
         if (task / "comm").read_text(encoding="ascii").strip() == "compute":
-            words = (task / "stat").read_text(encoding="ascii").rpartition(")")[2].split()
-            return (int(words[11]) + int(words[12])) / _CLOCK_TICKS_PER_S
+            return task
     raise BenchError(f"process {pid} is no instance: it has no compute thread")
 
 

@@ -31,6 +31,7 @@ from kunserve.sim.timeline import Timeline
 
 _EPOCH = Epoch(1)
 _TOKEN = 7
+_BLOCKS_PER_PAGE = 64
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class PipelineProfile:
     Args:
         cost_model: of a whole instance.
         stage_layers: layers of each stage, in ring order.
-        kv_blocks: that the group has.
+        kv_blocks: that the group has, in whole pages of 64.
         link_ns: of one hop, besides its rows.
         link_ns_per_row: of one row of activations.
     """
@@ -130,7 +131,8 @@ class _Pipeline:
         self._profile = profile
         self._timeline = Timeline()
         num_stages = len(profile.stage_layers)
-        pool = BlockPool(profile.kv_blocks, 1, {SlotId(0): profile.kv_blocks})
+        kv_blocks = profile.kv_blocks // _BLOCKS_PER_PAGE * _BLOCKS_PER_PAGE
+        pool = BlockPool(kv_blocks, _BLOCKS_PER_PAGE, {SlotId(0): kv_blocks})
         limits = replace(config, num_stages=num_stages, enable_prefix_caching=False)
         self._scheduler = Scheduler(limits, pool, profile.slowest, _EPOCH)
         self._ready: list[deque[_Work]] = [deque() for _ in range(num_stages)]

@@ -22,7 +22,7 @@ QUEUE = [(5900, 40), (300, 60), (1200, 40), (7400, 30), (60, 80), (2500, 50)] * 
 
 
 def pipeline(*stage_layers: int, **changes: float) -> PipelineProfile:
-    return replace(PipelineProfile(LINEAR, stage_layers, kv_blocks=1000), **changes)  # type: ignore[arg-type]
+    return replace(PipelineProfile(LINEAR, stage_layers, kv_blocks=1024), **changes)  # type: ignore[arg-type]
 
 
 def test_one_stage_is_never_idle() -> None:

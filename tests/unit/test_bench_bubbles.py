@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def test_an_arm_is_at_its_best_where_the_queue_takes_least_time() -> None:
 
 
 def test_the_table_names_the_ratio_and_the_budgets() -> None:
-    console = Console(width=120, record=True, quiet=True)
+    console = Console(width=120, record=True, file=io.StringIO())
     console.print(bubbles.render(COMPARISON, FixedQueue("log-normal", (RequestShape(3, 4),))))
     text = console.export_text()
     assert "0.40 (target 0.5)" in text
@@ -99,7 +100,7 @@ def test_recorded_lengths_come_in_turn(tmp_path: Path) -> None:
 
 def test_the_command_writes_every_run_of_its_grid(tmp_path: Path) -> None:
     out = tmp_path / "bubbles.json"
-    words = ["bench", "bubbles", "--simulated", "--requests", "4", "--scale", "0.02"]
+    words = ["bench", "bubbles", "--simulated", "--requests", "2", "--scale", "0.004"]
     args = build_parser(words).parse_args([*words, "--traces", str(tmp_path), "--json", str(out)])
     assert args.run(args) == 0
     document = json.loads(out.read_text())
