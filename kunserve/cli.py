@@ -1,6 +1,7 @@
-"""The command line: `kunserve serve`, `kunserve top`, `kunserve demo`, `kunserve bench engine`,
-`kunserve bench serve`, `kunserve bench transition`, `kunserve bench pipeline`,
-`kunserve bench decisions`, `kunserve bench overload`."""
+"""The command line: `kunserve serve`, `kunserve top`, `kunserve demo`, `kunserve profile`,
+`kunserve bench engine`, `kunserve bench serve`, `kunserve bench transition`,
+`kunserve bench pipeline`, `kunserve bench decisions`, `kunserve bench bubbles`,
+`kunserve bench overload`."""
 
 from __future__ import annotations
 
@@ -48,6 +49,9 @@ COMMANDS = (
     Command(("top",), "kunserve.server.top", "watch a running server in the terminal"),
     Command(("demo",), "kunserve.bench.demo", "serve the embedded model and show that it works"),
     Command(
+        ("profile",), "kunserve.bench.profile", "measure what steps cost here and store the fit"
+    ),
+    Command(
         ("bench", "engine"),
         "kunserve.bench.engine",
         "speed of one instance beside the machine's limits",
@@ -76,6 +80,11 @@ COMMANDS = (
         ("bench", "overload"),
         "kunserve.bench.overload",
         "the same burst under each policy, side by side",
+    ),
+    Command(
+        ("bench", "bubbles"),
+        "kunserve.bench.bubbles",
+        "idle time of a pipeline's stages, by token count and by lookahead",
     ),
 )
 

@@ -23,6 +23,8 @@ from kunserve.bench.client import BenchError
 from kunserve.bench.cluster import NS_PER_S, as_json
 from kunserve.core.errors import ConfigError
 from kunserve.core.events import (
+    Command,
+    DeliverTokens,
     GroupReport,
     InstanceReady,
     LeaseRequest,
@@ -30,6 +32,7 @@ from kunserve.core.events import (
     StepTiming,
 )
 from kunserve.core.ids import GroupId, InstanceId, RequestId
+from kunserve.core.layout import Part, PartKind
 from kunserve.core.policy import PolicyName
 from kunserve.core.request import Request, SamplingParams, TokenOutput
 from kunserve.core.step import GroupLoad
@@ -43,10 +46,21 @@ TARGET_PLAN_MS = 100.0
 TARGET_REPORTS_PER_S = 20_000.0
 NS_PER_MS = 1e6
 
-_CAPACITY_BLOCKS = 4096
+# SmolLM2-135M with 1 GiB of KVCache, in pages of 192 KiB.
+_NUM_LAYERS = 30
+_PART_PAGES = (
+    (Part(PartKind.EMBEDDING), 577),
+    *((Part(PartKind.LAYER, layer), 72) for layer in range(_NUM_LAYERS)),
+)
 _BLOCK_SIZE = 16
-_PROMPT_TOKENS = 64
+_BLOCKS_PER_PAGE = 8
+_KV_PAGES = 186
+_CAPACITY_BLOCKS = _KV_PAGES * _BLOCKS_PER_PAGE
+_COSTS = (300.0, 300.0, 5e6, 2e7, 5e6, 1e6)
+_PROMPT_TOKENS = 16
 _STEP_NS = 50_000_000
+_RUN_IN_STEPS = 30
+"""A second and a half: the monitor has forgotten how demand rose at the beginning."""
 
 
 @dataclass(frozen=True)
@@ -148,11 +162,15 @@ def measure_plans(options: DecisionOptions, pattern: OverloadPattern) -> PlanFig
 @dataclass(frozen=True)
 class ReportPattern:
     """What reports are about: requests that run in each group and get a token each, and requests
-    that wait in each."""
+    that wait in each. `used_share`: of the KVCache; where what waits needs more than the rest, all
+    groups are overloaded, and the policy estimates what drops would win, every 100 ms of their
+    time. `reports_share`: of the reports asked for."""
 
     name: str
     running: int
     waiting: int
+    used_share: float = 0.5
+    reports_share: float = 1.0
 
 
 REPORTS = (
@@ -160,22 +178,26 @@ REPORTS = (
     ReportPattern("2 tokens", 2, 0),
     ReportPattern("8 tokens", 8, 0),
     ReportPattern("2 tokens, 500 waiting", 2, 500),
+    ReportPattern("8 tokens, 60 waiting, overload", 8, 60, used_share=0.99, reports_share=0.02),
 )
 
 
 @dataclass(frozen=True)
 class ReportFigures:
-    """Reports that one core takes in, by pattern; tokens among them."""
+    """Reports that one core takes in, by pattern; tokens among them. `longest_ms`: what one report
+    took at most, which is how long all others wait."""
 
     pattern: str
     reports_per_s: float
     least_reports_per_s: float
     most_reports_per_s: float
     tokens_per_s: float
+    longest_ms: float
 
 
 class ReportBench:
-    """A controller with groups that serve, and what their leaders say."""
+    """A controller with groups that serve, and what their leaders say. Its policy is `observe`:
+    it decides as `kunserve` does, and the layout stays."""
 
     def __init__(self, num_groups: int, pattern: ReportPattern) -> None:
         self._pattern = pattern
@@ -186,16 +208,21 @@ class ReportBench:
         self._controller = Controller(
             ControllerConfig(
                 num_instances=num_groups,
-                num_layers=32,
+                num_layers=_NUM_LAYERS,
                 block_size=_BLOCK_SIZE,
                 max_model_len=1 << 30,
                 max_num_queued_reqs=per_group * num_groups + 1,
-                policy=PolicyName.KUNSERVE,
+                part_pages=_PART_PAGES,
+                slot_pages=MAX_SLOTS * _KV_PAGES,
+                blocks_per_page=_BLOCKS_PER_PAGE,
+                policy=PolicyName.OBSERVE,
             ),
             now_ns=0,
         )
+        pages = sum(pages for _, pages in _PART_PAGES) + _NUM_LAYERS * _KV_PAGES
         for index in range(num_groups):
-            self._controller.handle(InstanceReady(InstanceId(index), 0, _CAPACITY_BLOCKS), 0)
+            ready = InstanceReady(InstanceId(index), 0, _CAPACITY_BLOCKS, pages, costs=_COSTS)
+            self._controller.handle(ready, 0)
         for index in range(per_group * num_groups):
             self._submit(index)
         self._running = {
@@ -211,26 +238,41 @@ class ReportBench:
         if not isinstance(command, LeaseRequest):
             raise BenchError(f"a request was not leased: {command}")
 
-    def run(self, num_reports: int) -> float:
-        """Reports per second. They are made before the clock starts, a step of all groups at a
-        time."""
+    def reports_per_s(self, num_reports: int) -> float:
+        """They are made before the clock starts, a step of all groups at a time."""
         elapsed_ns = done = 0
         handle = self._controller.handle
         while done < num_reports:
             reports = list(self._reports())
-            self._now_ns += _STEP_NS
             begin_ns = time.thread_time_ns()
             commands = [handle(report, self._now_ns) for report in reports]
             elapsed_ns += time.thread_time_ns() - begin_ns
             done += len(reports)
-            if any(len(of_one) != self._pattern.running for of_one in commands):
-                raise BenchError("not every token of a report was delivered")
-        self._controller.check()
+            self._check(commands)
         return done / elapsed_ns * NS_PER_S
+
+    def longest_ms(self, num_reports: int) -> float:
+        """The most that one report takes."""
+        longest_ns = done = 0
+        while done < num_reports:
+            for report in list(self._reports()):
+                begin_ns = time.thread_time_ns()
+                self._controller.handle(report, self._now_ns)
+                longest_ns = max(longest_ns, time.thread_time_ns() - begin_ns)
+                done += 1
+        return longest_ns / NS_PER_MS
+
+    def _check(self, commands: Sequence[Sequence[Command]]) -> None:
+        """A step of all groups delivers a token for each request that runs."""
+        delivered = sum(isinstance(c, DeliverTokens) for of_one in commands for c in of_one)
+        if delivered != len(commands) * self._pattern.running:
+            raise BenchError("not every token of a report was delivered")
+        self._controller.check()
 
     def _reports(self) -> Iterator[GroupReport]:
         """What every leader says after its next step."""
         self._step += 1
+        self._now_ns += _STEP_NS
         for record in self._controller.groups:
             running = self._running[record.id]
             outputs = (TokenOutput(request, self._tokens, 17) for request in running)
@@ -248,12 +290,12 @@ class ReportBench:
         self._tokens += 1
 
     def _load(self, record: GroupRecord) -> GroupLoad:
-        """Half of the KVCache in use; what waits fits beside it, so that nobody is overloaded."""
         waiting = self._pattern.waiting
+        free_blocks = int(_CAPACITY_BLOCKS * (1 - self._pattern.used_share))
         return GroupLoad(
             total_blocks=_CAPACITY_BLOCKS,
-            free_blocks=_CAPACITY_BLOCKS // 4,
-            cached_blocks=_CAPACITY_BLOCKS // 4,
+            free_blocks=free_blocks // 2,
+            cached_blocks=free_blocks - free_blocks // 2,
             num_running=self._pattern.running,
             num_waiting=waiting,
             queued_blocks=waiting * _PROMPT_TOKENS // _BLOCK_SIZE,
@@ -267,12 +309,20 @@ class ReportBench:
 
 
 def measure_reports(options: DecisionOptions, pattern: ReportPattern) -> ReportFigures:
-    """All repeats of one pattern, after one that does not count."""
+    """All repeats of one pattern, once its requests have started."""
     bench = ReportBench(options.groups, pattern)
-    bench.run(options.groups)
-    rates = [bench.run(options.reports) for _ in range(options.repeats)]
+    bench.reports_per_s(options.groups * _RUN_IN_STEPS)
+    num_reports = max(1, int(options.reports * pattern.reports_share))
+    rates = [bench.reports_per_s(num_reports) for _ in range(options.repeats)]
     rate = statistics.median(rates)
-    return ReportFigures(pattern.name, rate, min(rates), max(rates), rate * pattern.running)
+    return ReportFigures(
+        pattern=pattern.name,
+        reports_per_s=rate,
+        least_reports_per_s=min(rates),
+        most_reports_per_s=max(rates),
+        tokens_per_s=rate * pattern.running,
+        longest_ms=bench.longest_ms(num_reports),
+    )
 
 
 # ---------------------------------------------------------------- report
@@ -301,11 +351,12 @@ def render_reports(results: Sequence[ReportFigures], options: DecisionOptions) -
         f"{options.repeats} (target: {TARGET_REPORTS_PER_S:.0f} a second)"
     )
     table.add_column("each report")
-    for name in ("reports/s", "least", "most", "tokens/s"):
+    for name in ("reports/s", "least", "most", "tokens/s", "longest ms"):
         table.add_column(name, justify="right")
     for found in results:
         rates = (found.reports_per_s, found.least_reports_per_s, found.most_reports_per_s)
-        table.add_row(found.pattern, *(f"{rate:.0f}" for rate in (*rates, found.tokens_per_s)))
+        cells = [f"{rate:.0f}" for rate in (*rates, found.tokens_per_s)]
+        table.add_row(found.pattern, *cells, f"{found.longest_ms:.2f}")
     return table
 
 

@@ -33,7 +33,10 @@ from kunserve.core.errors import ConfigError
 SCHEMA = "kunserve.bench.pipeline/1"
 WHOLE, MERGED = "whole", "merged"
 TARGET_RATIO = 0.90
-_FLAGS = ("--instances", "2", "--threads-per-instance", "1", "--no-enable-prefix-caching")
+_FLAGS = (
+    *("--instances", "2", "--threads-per-instance", "1"),
+    *("--no-enable-prefix-caching", "--no-drop"),
+)
 _RUN_IN_S = 1.0
 _START_TIMEOUT_S = 60.0
 

@@ -22,7 +22,7 @@ from kunserve.bench.cluster import (
 
 BLOCK_TOKENS = 16
 CHUNK_TOKENS = 512
-CHUNK_FLAGS = ("--max-num-batched-tokens", str(CHUNK_TOKENS + 1))
+CHUNK_FLAGS = ("--max-num-batched-tokens", str(CHUNK_TOKENS + 1), "--no-drop")
 """One decode and a chunk of 512 tokens in each step."""
 
 _IN_CHUNK_S = 0.15

@@ -89,12 +89,19 @@ class Configure:
 
 @dataclass(frozen=True)
 class PageCopy:
-    """Blocks [first_block, first_block + num_blocks) of a physical page, here and at the peer."""
+    """Blocks [first_block, first_block + num_blocks) of a physical page here, from one of the peer
+    where they begin `shift_blocks` later."""
 
     local_page: int
     remote_page: int
     first_block: int
     num_blocks: int
+    shift_blocks: int = 0
+
+    @property
+    def remote_first_block(self) -> int:
+        """The first block at the peer."""
+        return self.first_block + self.shift_blocks
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from enum import Enum
 from kunserve.core.decision import DecisionNote
 from kunserve.core.ids import Epoch, GroupId, InstanceId, RequestId
 from kunserve.core.memory import PartRuns
+from kunserve.core.migration import MigrationOrder, MigrationRecord, MigrationReport
 from kunserve.core.request import Request, TokenOutput
 from kunserve.core.step import GroupLoad
 from kunserve.core.transition import (
@@ -171,6 +172,7 @@ Event = (
     | InstanceDrainWished
     | PolicySwitched
     | TransitionReport
+    | MigrationReport
 )
 
 # ---------------------------------------------------------------- commands
@@ -277,6 +279,21 @@ class NoteDecision:
     note: DecisionNote
 
 
+@dataclass(frozen=True)
+class LogMigration:
+    """A record for the log, when a migration is over."""
+
+    record: MigrationRecord
+
+
+@dataclass(frozen=True)
+class LogRedispatch:
+    """Requests that waited at `instance` are dispatched again."""
+
+    instance: InstanceId
+    request_ids: tuple[RequestId, ...]
+
+
 Command = (
     FormGroup
     | LeaseRequest
@@ -289,5 +306,8 @@ Command = (
     | AnswerWish
     | LogTransition
     | NoteDecision
+    | LogMigration
+    | LogRedispatch
     | TransitionOrder
+    | MigrationOrder
 )

@@ -27,3 +27,6 @@ SlotId = NewType("SlotId", int)
 
 TransitionId = NewType("TransitionId", int)
 """Identity of one transition between layouts. Never reused within one run of the front."""
+
+MigrationId = NewType("MigrationId", int)
+"""Identity of one migration of a request. Never reused within one run of the front."""

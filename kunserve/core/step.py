@@ -89,8 +89,9 @@ class GroupLoad:
     `free_blocks` have no content; `cached_blocks` are unreferenced and keep theirs until they are
     evicted: both can be had at once.
     `queued_blocks` is what the waiting requests need for all tokens known so far, beyond blocks
-    they already hold. `leases_seen` is the number of leases the scheduler has taken in so far,
-    so that the front can add what is still on the way. Counters are totals since start.
+    they already hold; `head_blocks`, what the first of them needs. `leases_seen` is the number of
+    leases the scheduler has taken in so far, so that the front can add what is still on the way.
+    Counters are totals since start.
     """
 
     total_blocks: int
@@ -112,6 +113,7 @@ class GroupLoad:
     """Copied to host memory and back."""
     swap_refused: int = 0
     """Preempted requests that host memory had no room for: they are computed again."""
+    head_blocks: int = 0
 
     @property
     def available_blocks(self) -> int:

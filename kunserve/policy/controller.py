@@ -45,6 +45,7 @@ from kunserve.core.events import (
 )
 from kunserve.core.ids import InstanceId, RequestId
 from kunserve.core.layout import Layout, whole_instance
+from kunserve.core.migration import MigrationReport
 from kunserve.core.request import Request, TokenOutput
 from kunserve.core.transition import PeerAddress, Peers, TransitionReport
 from kunserve.policy.book import (
@@ -59,6 +60,7 @@ from kunserve.policy.book import (
 from kunserve.policy.coordinator import Coordinator
 from kunserve.policy.dispatcher import PrefixIndex, choose_group
 from kunserve.policy.governors import create_governor
+from kunserve.policy.migration import Migration
 from kunserve.policy.prefix import block_hashes
 from kunserve.policy.transition import State
 
@@ -70,7 +72,7 @@ class Controller:
         self._config = config
         self._book = Book(config, now_ns)
         self._coordinator = Coordinator(self._book, self._dispatch_parked)
-        self._governor = create_governor(self._book, self._coordinator, now_ns)
+        self._governor = create_governor(self._book, self._coordinator, self._dispatch, now_ns)
         self._instances = self._book.instances
         self._groups = self._book.groups
         self._requests = self._book.requests
@@ -78,7 +80,7 @@ class Controller:
         self._leaving: list[InstanceRecord] = []  # that drain, or have done so
         self._next_drain_split_ns = 0
         self._num_waiting = 0
-        self._on_trial: RequestId | None = None  # see `_blamed`
+        self._on_trial: RequestId | None = None  # see `_blame`
         self._trial_ended = False
         self._handlers: dict[type, Callable[[Any, int], Iterator[Command]]] = {
             InstanceReady: self._on_ready,
@@ -94,6 +96,7 @@ class Controller:
             PolicySwitched: self._on_switch,
         }
         self._handlers |= dict.fromkeys(get_args(TransitionReport), self._on_transition_report)
+        self._handlers |= dict.fromkeys(get_args(MigrationReport), self._on_migration_report)
 
     # ------------------------------------------------------------ what others may read
 
@@ -157,6 +160,11 @@ class Controller:
         """True while the layout changes, or a wish waits for its turn."""
         return self._coordinator.is_busy
 
+    @property
+    def migrations(self) -> tuple[Migration, ...]:
+        """Migrations of requests under way."""
+        return self._governor.migrations
+
     # ------------------------------------------------------------ the one entry
 
     def handle(self, event: Event, now_ns: int) -> tuple[Command, ...]:
@@ -167,6 +175,7 @@ class Controller:
                 self._governor.recorded(command.record, now_ns)
         if self._trial_ended:
             commands.extend(self._next_trial())
+        commands.extend(self._governor.settle(now_ns))
         for instance in self._leaving:
             if instance.state is InstanceState.READY:
                 commands.extend(self._settle_drain(instance))
@@ -391,8 +400,7 @@ class Controller:
             instance.restarts_in_row = 0
         self._plan_restart(instance, now_ns)
         survivors, orphans = self._break_groups(instance.id)
-        for request_id in self._blamed(orphans):
-            self._requests[request_id].losses += 1
+        self._blame(orphans)
         yield from self._introduce()
         for survivor in survivors:
             yield from self._coordinator.reset(self._instances[survivor], now_ns)
@@ -450,16 +458,21 @@ class Controller:
 
     # ------------------------------------------------------------ who ends instances
 
-    def _blamed(self, orphans: list[RequestId]) -> list[RequestId]:
-        """Which requests of a lost group count a loss: all of them, or the one on trial alone.
+    def _blame(self, orphans: list[RequestId]) -> None:
+        """All requests of a lost group count a loss.
 
         An instance says which requests start before it computes them, but a crash can outrun the
         message, so any request leased to the group may be what ended it. A token clears its
         request. One more loss and it would be given up: then it is a suspect. Suspects are leased
         one at a time (a trial, until the next token), so that of many that were lost together
-        only the one that ends instances is given up, and the rest get on.
+        only the one that ends instances is given up, and the rest get on. Beside one on trial,
+        others become suspects at most: so none can hide behind the trials of others.
         """
-        return [self._on_trial] if self._on_trial in orphans else orphans
+        most = self._config.max_losses
+        for request_id in orphans:
+            record = self._requests[request_id]
+            is_beside_trial = self._on_trial in orphans and request_id != self._on_trial
+            record.losses = min(record.losses + 1, most - 1 if is_beside_trial else most)
 
     def _is_suspect(self, record: RequestRecord) -> bool:
         return 0 < record.losses >= self._config.max_losses - 1
@@ -518,6 +531,11 @@ class Controller:
             return
         instance.last_heard_ns = now_ns
         yield from self._coordinator.take(event, now_ns)
+
+    def _on_migration_report(self, event: MigrationReport, now_ns: int) -> Iterator[Command]:
+        """No sign of life: it says nothing of steps, and comes as often as orders go out."""
+        if event.incarnation == self._instances[event.instance].incarnation:
+            yield from self._governor.take(event, now_ns)
 
     def _on_drain_wish(self, event: InstanceDrainWished, now_ns: int) -> Iterator[Command]:
         """An instance of a larger group becomes whole first; then it gets nothing new."""

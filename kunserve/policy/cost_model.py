@@ -23,10 +23,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import combinations
 from typing import NamedTuple
 
 from kunserve.core.errors import ConfigError, LayoutError
+from kunserve.policy.overlap import Measured, OverlapFit, fit_overlap, fit_sum, overlap_ns
 
 
 class ChunkShape(NamedTuple):
@@ -142,13 +142,13 @@ class CostModel:
 
     def linear_ns(self, tokens: float) -> float:
         """Cost of the linear layers of a step that computes `tokens` tokens in all."""
-        return _overlap_ns(self.gamma_ns, self.beta_ns * tokens, self.sharpness)
+        return overlap_ns(self.gamma_ns, self.beta_ns * tokens, self.sharpness)
 
     def head_step_ns(self, rows: float) -> float:
         """Cost of the head of a step in which `rows` rows sample; 0 if there is none."""
         if rows == 0:
             return 0.0
-        return _overlap_ns(self.head_gamma_ns, self.head_ns * rows, self.head_sharpness)
+        return overlap_ns(self.head_gamma_ns, self.head_ns * rows, self.head_sharpness)
 
     def chunk_ns(self, prefix_tokens: int, chunk_tokens: int, samples: bool = False) -> float:
         """The most that a chunk adds to a step, which is what it adds to a large one.
@@ -179,29 +179,48 @@ class CostModel:
         """Least squares on the relative error, with no constant below zero.
 
         Relative, because decode steps are short and prefill steps long, and both must be
-        predicted. Layers and head are fitted apart. Exact non-negative least squares: with four
-        constants at most, every subset of them is solved and the best one without a negative value
-        is taken. Constants that the samples cannot tell apart share their part of the cost.
+        predicted. Layers and head are fitted apart.
 
         Raises:
             ConfigError: there is no sample, or a sample without time.
         """
+        return cls._fitted(samples, fit_overlap, _measured_layers)
+
+    @classmethod
+    def fit_token_count(cls, samples: Sequence[StepSample]) -> CostModel:
+        """Least squares where the layers cost a constant and so much a token, whatever they attend
+        to: what a fixed token budget assumes (paper section 5). Raises as `fit`.
+        """
+        return cls._fitted(samples, fit_sum, _measured_tokens)
+
+    @classmethod
+    def _fitted(
+        cls,
+        samples: Sequence[StepSample],
+        fit: Callable[[Sequence[Measured]], OverlapFit],
+        measured_layers: Callable[[StepSample], Measured],
+    ) -> CostModel:
+        with_head = [sample for sample in samples if sample.sampled_rows]
         if not samples:
             raise ConfigError("the cost model needs at least one measured step")
-        with_head = [sample for sample in samples if sample.sampled_rows]
         if any(sample.layers_ns <= 0 for sample in samples) or any(
             sample.head_ns <= 0 for sample in with_head
         ):
             raise ConfigError("a measured step took no time; measure again")
-        alpha_ns, delta_ns, beta_ns, gamma_ns = _fit_columns(
-            [_layer_features(sample) for sample in samples]
+        layers = fit([measured_layers(sample) for sample in samples])
+        heads = [Measured((), sample.sampled_rows, sample.head_ns) for sample in with_head]
+        head = fit(heads) if heads else OverlapFit((), 0.0, 0.0, 1.0)
+        alpha_ns, delta_ns = layers.constants_ns or (0.0, 0.0)
+        return cls(
+            alpha_ns=alpha_ns,
+            delta_ns=delta_ns,
+            beta_ns=layers.unit_ns,
+            gamma_ns=layers.read_ns,
+            head_gamma_ns=head.read_ns,
+            head_ns=head.unit_ns,
+            sharpness=layers.sharpness,
+            head_sharpness=head.sharpness,
         )
-        head_gamma_ns, head_ns = (
-            _fit_columns([_head_features(sample) for sample in with_head])
-            if with_head
-            else (0.0, 0.0)
-        )
-        return cls(alpha_ns, delta_ns, beta_ns, gamma_ns, head_gamma_ns, head_ns)
 
     def relative_error(self, sample: StepSample) -> float:
         """(predicted - measured) / measured of one step."""
@@ -256,15 +275,6 @@ class StepCost:
         return self._model.linear_ns(self._tokens + more_tokens) + attention_ns
 
 
-def _overlap_ns(read_ns: float, compute_ns: float, sharpness: float) -> float:
-    """(read^q + compute^q)^(1/q), without powers of large numbers."""
-    longer_ns, shorter_ns = max(read_ns, compute_ns), min(read_ns, compute_ns)
-    if sharpness == 1.0 or shorter_ns == 0.0:
-        return longer_ns + shorter_ns
-    hidden: float = (1.0 + (shorter_ns / longer_ns) ** sharpness) ** (1.0 / sharpness)
-    return longer_ns * hidden
-
-
 def _most_tokens(fits: Callable[[int], bool], limit_tokens: int) -> int:
     """The largest number in 0..`limit_tokens` that fits, by bisection; 0 need not be asked."""
     if limit_tokens <= 0 or fits(limit_tokens):
@@ -279,78 +289,15 @@ def _most_tokens(fits: Callable[[int], bool], limit_tokens: int) -> int:
     return fitting
 
 
-def _layer_features(sample: StepSample) -> list[float]:
-    """What alpha, delta, beta and gamma multiply, over the measured time (target: 1)."""
+def _measured_layers(sample: StepSample) -> Measured:
+    """What alpha, delta and beta multiply."""
     pairs = context = computed = 0
     for prefix, tokens, _ in sample.chunks:
         pairs += prefix * tokens + (tokens * tokens + tokens) // 2
         context += prefix + tokens
         computed += tokens
-    return [value / sample.layers_ns for value in (pairs, context, computed, 1)]
+    return Measured((pairs, context), computed, sample.layers_ns)
 
 
-def _head_features(sample: StepSample) -> list[float]:
-    """What head_gamma and head multiply, over the measured time (target: 1)."""
-    return [1 / sample.head_ns, sample.sampled_rows / sample.head_ns]
-
-
-def _fit_columns(rows: list[list[float]]) -> list[float]:
-    """The x >= 0 that brings |rows * x| closest to 1; columns are scaled before solving."""
-    scales = [max(column) or 1.0 for column in zip(*rows, strict=True)]
-    scaled = [[value / scale for value, scale in zip(row, scales, strict=True)] for row in rows]
-    solution = _non_negative_least_squares(scaled)
-    return [value / scale for value, scale in zip(solution, scales, strict=True)]
-
-
-def _non_negative_least_squares(rows: list[list[float]]) -> list[float]:
-    """The x >= 0 that minimises |rows * x - 1|, over all subsets of positive x."""
-    width = len(rows[0])
-    best = [0.0] * width
-    best_error = float(len(rows))
-    for size in range(width, 0, -1):
-        for columns in combinations(range(width), size):
-            solved = _least_squares([[row[column] for column in columns] for row in rows])
-            if min(solved) < 0.0:
-                continue
-            candidate = [0.0] * width
-            for column, value in zip(columns, solved, strict=True):
-                candidate[column] = value
-            error = _squared_error(rows, candidate)
-            if error < best_error:
-                best, best_error = candidate, error
-    return best
-
-
-def _squared_error(rows: list[list[float]], x: list[float]) -> float:
-    return sum((sum(a * b for a, b in zip(row, x, strict=True)) - 1.0) ** 2 for row in rows)
-
-
-RIDGE = 1e-12
-"""Relative to the diagonal: makes columns that are equal or zero solvable, too small to be seen."""
-
-
-def _least_squares(rows: list[list[float]]) -> list[float]:
-    """Solve the normal equations of |rows * x - 1|; columns are scaled to at most 1."""
-    width = len(rows[0])
-    matrix = [[sum(row[i] * row[j] for row in rows) for j in range(width)] for i in range(width)]
-    for i in range(width):
-        matrix[i][i] += RIDGE * (matrix[i][i] + len(rows))
-    return _solve(matrix, [sum(row[i] for row in rows) for i in range(width)])
-
-
-def _solve(matrix: list[list[float]], right: list[float]) -> list[float]:
-    """Gaussian elimination with partial pivoting of a positive definite system."""
-    size = len(right)
-    rows = [[*matrix[i], right[i]] for i in range(size)]
-    for at in range(size):
-        pivot = max(range(at, size), key=lambda i: abs(rows[i][at]))
-        rows[at], rows[pivot] = rows[pivot], rows[at]
-        for below in range(at + 1, size):
-            factor = rows[below][at] / rows[at][at]
-            for column in range(at, size + 1):
-                rows[below][column] -= factor * rows[at][column]
-    solution = [0.0] * size
-    for at in reversed(range(size)):
-        known = sum(rows[at][column] * solution[column] for column in range(at + 1, size))
-        solution[at] = (rows[at][size] - known) / rows[at][at]
-    return solution
+def _measured_tokens(sample: StepSample) -> Measured:
+    return Measured((), _measured_layers(sample).amount, sample.layers_ns)

@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from kunserve.core.events import Command, WishKind
 from kunserve.core.ids import InstanceId, RequestId
 from kunserve.core.layout import Group
+from kunserve.core.migration import MigrationReport
 from kunserve.core.request import Request
 from kunserve.core.transition import TransitionRecord
 from kunserve.policy.book import Book, GroupRecord, RequestRecord
 from kunserve.policy.coordinator import Coordinator
+from kunserve.policy.migration import Migration
 from kunserve.policy.planner import Wish
 
 Commands = Iterator[Command]
@@ -64,6 +66,19 @@ class Governor:
 
     def recorded(self, record: TransitionRecord, now_ns: int) -> None:
         """A transition has committed, or is over."""
+
+    @property
+    def migrations(self) -> tuple[Migration, ...]:
+        """Migrations of requests under way."""
+        return ()
+
+    def take(self, report: MigrationReport, now_ns: int) -> Commands:
+        """A member's answer about a migration."""
+        yield from ()
+
+    def settle(self, now_ns: int) -> Commands:
+        """After every event: end what has lost its ground by it."""
+        yield from ()
 
     def operator_wished(self, kind: WishKind) -> None:
         """An operator decides about the layout."""

@@ -27,7 +27,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 from kunserve.core.actions import (
     Action,
@@ -58,6 +58,7 @@ from kunserve.core.events import (
 from kunserve.core.ids import BlockId, InstanceId, RequestId, TransitionId
 from kunserve.core.layout import Group, Part, stage_holds, whole_instance
 from kunserve.core.memory import PageRun, pages_of, runs_of
+from kunserve.core.migration import MigrationOrder
 from kunserve.core.request import TokenOutput
 from kunserve.core.step import StepPlan
 from kunserve.core.transition import (
@@ -96,11 +97,12 @@ from kunserve.policy.blocks import BlockPool
 from kunserve.policy.cost_model import CostModel
 from kunserve.policy.homes import CompactionRefusedError
 from kunserve.policy.memory import MemoryBook
+from kunserve.policy.migrator import Migrator
 from kunserve.policy.mover import Digest, Mover
 from kunserve.policy.planner import TypicalStep, slowest_stage
 from kunserve.policy.scheduler import Scheduler, SchedulerConfig
 
-MemberMessage = FormGroup | LeaseRequest | RevokeLease | TransitionOrder
+MemberMessage = FormGroup | LeaseRequest | RevokeLease | TransitionOrder | MigrationOrder
 """What the front tells a member."""
 
 MOVE_BYTES_PER_STEP = 24 << 20
@@ -144,6 +146,13 @@ class Member:
         self._memory = memory
         self._make_ready = make_ready
         self._mover = Mover(config.instance, memory, config.window_pages, digest)
+        self._migrator = Migrator(
+            config.instance,
+            config.incarnation,
+            config.scheduler.block_size,
+            memory,
+            self._mover.new_transfer,
+        )
         self._actions: list[Action] = []
         # The group and its steps
         self._group: Group | None = None
@@ -199,6 +208,7 @@ class Member:
             Reset: self._on_reset,
             Peers: self._on_peers,
         }
+        self._orders |= dict.fromkeys(get_args(MigrationOrder), self._on_migration)
 
     # ------------------------------------------------------------ what others may read
 
@@ -229,6 +239,7 @@ class Member:
             or self._prepare is not None
             or self._turning_back is not None
             or self._mover.has_quarantine
+            or self._migrator.is_busy
         )
 
     @property
@@ -302,8 +313,12 @@ class Member:
             self._has_changed = True
             self._scheduler.abort(message.request_id)
 
+    def _on_migration(self, message: MigrationOrder, now_ns: int) -> None:
+        self._has_changed = True
+        self._migrator.take(message, self._scheduler if self._is_of_epoch(message) else None)
+
     def _is_of_epoch(
-        self, message: LeaseRequest | RevokeLease | Fence | Compact | Snapshot
+        self, message: LeaseRequest | RevokeLease | Fence | Compact | Snapshot | MigrationOrder
     ) -> bool:
         group = self._group
         return group is not None and (group.id, group.epoch) == (message.group, message.epoch)
@@ -316,6 +331,7 @@ class Member:
 
     def _join(self, group: Group) -> None:
         """Take a place in a group. Nothing is under way."""
+        self._migrator.leave_group()
         self._group = group
         self._scheduler = None
         self._fence_passed = TransitionId(-1)
@@ -466,12 +482,14 @@ class Member:
         """
         self._link_bytes = link_bytes
         self._times_ns = (execute_ns, schedule_ns)
+        self._migrator.step(self._scheduler)
         self._plan_steps(now_ns)
         self._start_copies()
         self._step_transition(now_ns)
         report = self._take_report()
         if report is not None:
             self._actions.append(SendFront(report))
+        self._actions += self._migrator.take_actions()
         self._start_work()
         actions, self._actions = self._actions, []
         return actions
@@ -586,7 +604,10 @@ class Member:
 
     def pulled(self, transfer: int, error: str | None) -> None:
         """A pull has ended; with an error, what it was for is not there."""
-        self._mover.pulled(transfer, error)
+        if self._migrator.pulled(transfer, error, self._scheduler):
+            self._has_changed = True
+        else:
+            self._mover.pulled(transfer, error)
 
     def part_ready(self, transfer: int, error: str | None) -> None:
         """A part was read from the file, or compared after a pull."""
@@ -682,9 +703,9 @@ class Member:
 
     def _begin_prepare(self) -> None:
         """Once an aborted transition has left nothing behind: no pages on their way back, and no
-        transfer that may still write."""
+        transfer that may still write. Nor a migration: the front ends it for a transition."""
         message = self._prepare
-        if message is None or self._is_preparing:
+        if message is None or self._is_preparing or self._migrator.is_busy:
             return
         if self._turning_back is not None or self._mover.has_quarantine:
             return
@@ -947,6 +968,7 @@ class Member:
             return
         self._is_resetting = True
         self._turning_back = None
+        self._migrator.leave_group()
         self._group = self._scheduler = None
         self._is_frozen = True
         self._fence = self._prepare = None
@@ -966,7 +988,7 @@ class Member:
         mover, memory = self._mover, self._memory
         if not self._is_resetting or self.is_computing or mover.has_quarantine or self._copies:
             return
-        if mover.is_bringing:
+        if mover.is_bringing or self._migrator.is_busy:
             return
         if mover.refusal:
             raise AccountingError(f"it cannot become whole again: {mover.refusal}")

@@ -119,6 +119,14 @@ def share_of_decodes(idle_ns: Sequence[float], all_ns: float, num_stages: int) -
     return bisect_left(list(accumulate(idle_ns, initial=0.0)), share_ns, hi=len(idle_ns))
 
 
+def _cheapest_ns(bounds: Bounds) -> float:
+    """What a microbatch of `max_tokens` costs at least: were the others allowed more, some would
+    have too many tokens for an equal part."""
+    if bounds.max_tokens is None:
+        return math.inf
+    return bounds.cost_model.step_ns([*bounds.decodes, ChunkShape(0, bounds.max_tokens)])
+
+
 class _Span(NamedTuple):
     """Prompt tokens [begin, end) of the queue, counted through all works."""
 
@@ -145,7 +153,7 @@ class _Division:
     def __init__(self, works: Sequence[Work], bounds: Bounds) -> None:
         self._works = works
         self._model = model = bounds.cost_model
-        self._most_ns = bounds.most_ns
+        self._most_ns = min(bounds.most_ns, _cheapest_ns(bounds))
         self._max_tokens = bounds.max_tokens or math.inf
         self._min_tokens = min(bounds.min_tokens, (self._max_tokens + 1) // 2)
         self._ends = list(accumulate((work.tokens for work in works), initial=0))

@@ -182,7 +182,7 @@ class Mover:
             self._begin_part(PartSource(source.part, None))
 
     def _begin_part(self, source: PartSource, attempts: int = 1) -> None:
-        transfer = self._take_number()
+        transfer = self.new_transfer()
         try:
             runs = self._memory.begin_incoming(source.part, TransferId(transfer))
         except AccountingError as error:
@@ -306,7 +306,7 @@ class Mover:
         )
 
     def _pull(self, pull: _KvPull) -> None:
-        transfer = self._take_number()
+        transfer = self.new_transfer()
         self._pulls[transfer] = pull
         self._actions.append(Pull(transfer, pull.move.source, pull.copies))
 
@@ -440,7 +440,8 @@ class Mover:
         self._memory.end_quarantine(TransferId(transfer))
         return True
 
-    def _take_number(self) -> int:
+    def new_transfer(self) -> int:
+        """A number that no transfer of this instance has had."""
         self._next_transfer += 1
         return self._next_transfer
 

@@ -51,7 +51,7 @@ from kunserve.core.errors import (
     InvalidRequestError,
     RequestTooLargeError,
 )
-from kunserve.core.ids import BlockId, Epoch, HostBlock, RequestId
+from kunserve.core.ids import BlockId, Epoch, HostBlock, MigrationId, RequestId
 from kunserve.core.memory import PageRun, pages_of, runs_of
 from kunserve.core.policy import Batching, BatchOrder
 from kunserve.core.request import FinishReason, Request, TokenOutput
@@ -105,6 +105,9 @@ class SchedulerConfig:
     """How steps are formed when requests queue and the group has several stages."""
     batch_order: BatchOrder = BatchOrder.DECODE_FIRST
     """Who gets a step's budget first."""
+    chain_chunks: bool = True
+    """In a pipeline, the chunks of a prompt go into consecutive microbatches, each before the one
+    ahead of it is done. False: one at a time, so that a prompt keeps one stage at work only."""
     host_blocks: int = 0
     """Blocks of host memory that preempted requests are swapped to. 0: they are recomputed."""
     host_block_bytes: int = 0
@@ -147,6 +150,7 @@ class _RequestState:
         "is_running",
         "is_swapping",
         "is_unannounced",
+        "is_void",
         "limit_tokens",
         "num_outside",
         "num_prompt_tokens",
@@ -165,7 +169,7 @@ class _RequestState:
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.limit_tokens = min(max_model_len, self.num_prompt_tokens + request.params.max_tokens)
         self.computed_tokens = 0
-        self.planned_tokens = 0  # in a plan that is being executed
+        self.planned_tokens = 0  # in plans that are being executed
         self.block_table: tuple[BlockId, ...] = ()
         self.hashes: tuple[bytes, ...] = ()  # of the full blocks of the known tokens, so far
         self.published_blocks = 0  # the first blocks of the table whose names others may see
@@ -179,6 +183,7 @@ class _RequestState:
         self.is_moving = False  # some of its blocks, by a plan that is being executed
         self.host_blocks: tuple[HostBlock, ...] = ()  # that hold its computed tokens, or will
         self.is_swapping = False  # a copy to or from host memory is under way
+        self.is_void = False  # its plans in flight go on from a chunk that was cancelled
 
     @property
     def is_in_flight(self) -> bool:
@@ -199,6 +204,23 @@ class _RequestState:
     def missing_tokens(self) -> int:
         """Known tokens whose KV is not computed. 1: a decode."""
         return len(self.tokens) - self.computed_tokens
+
+    @property
+    def reached_tokens(self) -> int:
+        """Known tokens whose KV is computed when the plans in flight are done."""
+        return self.computed_tokens + self.planned_tokens
+
+    @property
+    def unplanned_tokens(self) -> int:
+        """Known tokens that are neither computed nor in a plan."""
+        return len(self.tokens) - self.reached_tokens
+
+    @property
+    def may_follow(self) -> bool:
+        """Its next chunk may follow one in flight: stages compute plans in their order, so they
+        have the KV of the first one when the second one comes."""
+        is_going_on = self.planned_tokens > 0 and not self.is_void and not self.is_aborted
+        return is_going_on and self.unplanned_tokens > 0 and not self.is_moving
 
     @property
     def num_output_tokens(self) -> int:
@@ -260,8 +282,8 @@ class _Draft:
     def add_prefill(self, state: _RequestState, tokens: int) -> None:
         """Compute the next `tokens` tokens of `state`, which the budget has granted."""
         self.work[state] = tokens
-        samples = tokens == state.missing_tokens
-        self.budget.add_prefill(state.computed_tokens, tokens, samples)
+        samples = tokens == state.unplanned_tokens
+        self.budget.add_prefill(state.reached_tokens, tokens, samples)
 
 
 class Scheduler:
@@ -295,6 +317,9 @@ class Scheduler:
         self._stalled: list[tuple[RequestId, int]] = []
         self._compaction: Compaction | None = None
         self._swap = SwapSpace(config.host_blocks)
+        self._offered: set[RequestId] = set()  # running, and has been since its first `offer`
+        self._taken_out: dict[RequestId, _RequestState] = {}  # neither waiting nor running
+        self._reserved: dict[MigrationId, tuple[BlockId, ...]] = {}
         self._to_release: dict[RequestId, None] = {}  # what the executor has not been told yet
         self._newly_started: list[RequestId] = []
         self._steps_without_decodes = 0  # in a row, that left one out for prefills
@@ -379,12 +404,14 @@ class Scheduler:
         self._give_up_host_blocks(state)
         if state.is_running:
             self._leave(state)
+        elif self._taken_out.pop(request_id, None) is not None:
+            self._release(state.block_table)
         else:
             self._dequeue(state)
 
     def has_work(self) -> bool:
-        """True while a request waits or runs, or a step is in flight."""
-        return bool(self._requests or self._flights)
+        """True while a request waits, runs or is on its way here, or a step is in flight."""
+        return bool(self._requests or self._flights or self._reserved)
 
     def newly_started(self) -> tuple[RequestId, ...]:
         """Ids that left the queue for the first time under this lease, since the last call."""
@@ -418,6 +445,7 @@ class Scheduler:
             swapped_in=swap.swapped_in,
             swap_bytes=swap.copied_blocks * self._config.host_block_bytes,
             swap_refused=swap.refused,
+            head_blocks=self._blocks_for(len(self._waiting[0].tokens)) if self._waiting else 0,
         )
 
     # ------------------------------------------------------------ schedule
@@ -428,8 +456,8 @@ class Scheduler:
         A plan has chunks, or during a compaction at least moves: ids to release wait for the next
         one, the executor only holds their small sampling state. With work left, None is only given
         while a plan is in flight, pages are pending or closed, KV is copied to or from host memory,
-        or the scheduler is frozen. `now_ns` is the seam for policies that look at deadlines; this
-        one goes by arrival alone.
+        the scheduler is frozen, or what a migration holds takes the room. `now_ns` is the seam for
+        policies that look at deadlines; this one goes by arrival alone.
         """
         if self._is_frozen or len(self._flights) >= self._config.num_stages:
             return None
@@ -500,7 +528,7 @@ class Scheduler:
         decodes = [s for s in self._running if s.missing_tokens == 1 and not s.is_stalled]
         share = math.ceil(len(decodes) / self._config.num_stages)
         idle = [state for state in decodes if state.is_idle]
-        if self._looks_ahead and self._waiting:
+        if self._looks_ahead:
             share = share_of_decodes(
                 [self._decode_ns(state) for state in idle],
                 sum(map(self._decode_ns, decodes)),
@@ -519,27 +547,19 @@ class Scheduler:
         return self._config.batching is Batching.LOOKAHEAD and self._config.num_stages > 1
 
     def _look_ahead(self, draft: _Draft) -> None:
-        """With a queue, the microbatch gets an equal share of it. One prompt alone is no queue: it
-        can be in one microbatch only, whatever it gets there."""
-        if not self._looks_ahead:
-            return
-        works = self._queued_works()
-        if len(works) > 1:
+        """With a queue, the microbatch gets an equal share of it."""
+        works = self._queued_works() if self._looks_ahead else []
+        if works:
             in_flight_ns = [flight.cost_ns for flight in self._flights.values()]
             draft.budget.look_ahead(works, self._config.num_stages, in_flight_ns)
 
     def _queued_works(self) -> list[Work]:
-        """Prompt tokens that can be computed before any request ends: first those that may go into
-        the next step, in their order, then what steps in flight leave over."""
-        prefills = [s for s in self._running if s.missing_tokens > 1 and not s.is_stalled]
-        idle = [Work(s.computed_tokens, s.missing_tokens) for s in prefills if not s.is_in_flight]
-        later = [
-            Work(s.computed_tokens + s.planned_tokens, s.missing_tokens - s.planned_tokens)
-            for s in prefills
-            if s.is_in_flight and s.missing_tokens > s.planned_tokens
-        ]
+        """Prompt tokens that can be computed before any request ends, in the order in which they
+        are planned."""
+        prefills = self._plannable_prefills()
+        works = [Work(state.reached_tokens, state.unplanned_tokens) for state in prefills]
         growth = sum(self._blocks_for(len(s.tokens)) - len(s.block_table) for s in prefills)
-        return [*idle, *self._admissible_works(self._pool.available_blocks - growth), *later]
+        return works + self._admissible_works(self._pool.available_blocks - growth)
 
     def _admissible_works(self, num_blocks: int) -> list[Work]:
         """Waiting requests that fit into so many blocks, the last one perhaps in part."""
@@ -559,31 +579,40 @@ class Scheduler:
 
     def _plan_prefills(self, draft: _Draft) -> None:
         """What the budget allows to requests that lack more than a token, by arrival."""
-        prefills = [s for s in self._running if s.missing_tokens > 1 and s.is_idle]
-        for state in prefills:
+        for state in self._plannable_prefills():
             if draft.budget.is_closed:
                 return
             if not state.is_running:  # preempted for an earlier one
                 continue
-            granted = draft.budget.grant(state.computed_tokens, state.missing_tokens)
+            granted = draft.budget.grant(state.reached_tokens, state.unplanned_tokens)
             tokens = self._grow(state, granted, draft)
             if tokens:
                 draft.add_prefill(state, tokens)
+
+    def _plannable_prefills(self) -> list[_RequestState]:
+        """By arrival. In a pipeline the chunks of a prompt follow each other; while blocks move to
+        their homes, each waits for the one before."""
+        can_follow = self._config.chain_chunks and self._compaction is None
+        return [
+            state
+            for state in self._running
+            if state.missing_tokens > 1 and (state.is_idle or (can_follow and state.may_follow))
+        ]
 
     def _grow(self, state: _RequestState, tokens: int, draft: _Draft) -> int:
         """Give `state` blocks for its next `tokens` tokens; how many of them have room then.
 
         A chunk is cut to the blocks that are available. Only when it has no room at all are others
-        preempted for it; 0 when that hit `state` itself.
+        preempted for it, unless it gets on anyway; 0 when that hit `state` itself.
         """
-        room = len(state.block_table) * self._config.block_size - state.computed_tokens
+        room = len(state.block_table) * self._config.block_size - state.reached_tokens
         if tokens <= room:
             return tokens
-        if room == 0 and not self._make_room(state, draft):
+        if room == 0 and state.is_idle and not self._make_room(state, draft):
             return 0
         missing_blocks = self._blocks_for(tokens - room)
         self._extend(state, min(missing_blocks, self._pool.available_in(state.home)))
-        return min(tokens, len(state.block_table) * self._config.block_size - state.computed_tokens)
+        return min(tokens, len(state.block_table) * self._config.block_size - state.reached_tokens)
 
     def _make_room(self, state: _RequestState, draft: _Draft) -> bool:
         """Preempt the latest arrivals of its home until a block is available there; False if
@@ -730,7 +759,7 @@ class Scheduler:
             moves=tuple(BlockMove(r.source, r.target) for r in draft.relocations if r.is_first),
         )
         for state, tokens in draft.work.items():
-            state.planned_tokens = tokens
+            state.planned_tokens += tokens
             state.is_unannounced = False
         for relocation in draft.relocations:
             relocation.state.is_moving = True
@@ -828,7 +857,6 @@ class Scheduler:
             self._enqueue(state)
         else:
             self._give_up_host_blocks(state)
-            self._publish(state)
 
     def _give_up_host_blocks(self, state: _RequestState) -> None:
         self._swap.release(state.host_blocks)
@@ -966,11 +994,12 @@ class Scheduler:
         """
         flight = self._flight_of(plan, result)
         tokens = {} if result.cancelled else _tokens_of(flight.plan, result)
+        void = {state for state in flight.states if state.is_void}
         self._land(flight, result.cancelled, {request_id for request_id, _ in result.failed})
         outputs: list[TokenOutput] = []
         if not result.cancelled:
             for state, chunk in zip(flight.states, flight.plan.chunks, strict=True):
-                if state.is_running:
+                if state.is_running and state not in void:
                     self._commit(state, len(chunk.token_ids))
                     if chunk.samples:
                         outputs.append(self._append(state, tokens[chunk.request_id]))
@@ -981,10 +1010,13 @@ class Scheduler:
     ) -> None:
         """The plan is over. Requests that were aborted meanwhile or failed leave now."""
         del self._flights[flight.plan.step]
-        for state in flight.states:
-            state.planned_tokens = 0
+        for state, chunk in zip(flight.states, flight.plan.chunks, strict=True):
+            state.planned_tokens -= len(chunk.token_ids)
+            state.is_void = state.planned_tokens > 0 and (state.is_void or is_cancelled)
         self._settle_moves(flight, is_cancelled)
         for state in flight.all_states:
+            if state.is_in_flight:
+                continue
             if state.is_aborted or state.request.id in failed:
                 del self._requests[state.request.id]
                 self._leave(state)
@@ -1070,16 +1102,21 @@ class Scheduler:
         self._queued_blocks -= self._blocks_for(len(state.tokens))
 
     def _leave(self, state: _RequestState) -> None:
-        """Out of the running set: finished, aborted or preempted. The executor is told to forget
-        the request. Its blocks are given up; full ones stay cached."""
-        self._running.remove(state)
-        state.is_running = False
+        """Out of the running set: finished, aborted or preempted. Its blocks are given up; full
+        ones stay cached."""
+        self._step_back(state)
         state.computed_tokens = 0
         state.pending_pages = set()
         state.num_outside = 0
         state.home = 0
         self._release(state.block_table)
         state.block_table = ()
+
+    def _step_back(self, state: _RequestState) -> None:
+        """Out of the running set, with all that it holds. The executor is told to forget it."""
+        self._running.remove(state)
+        state.is_running = False
+        self._offered.discard(state.request.id)
         self._to_release[state.request.id] = None
 
     def _release(self, blocks: Sequence[BlockId]) -> None:
@@ -1392,6 +1429,119 @@ class Scheduler:
         """Pages outside of all homes: backed, but not used for new blocks."""
         return self._pool.closed_pages()
 
+    # ------------------------------------------------------------ migrations: the source
+
+    def offer(self, request_id: RequestId) -> FrozenRequest | None:
+        """What a running request holds now; None if it does not run here. Its full blocks keep
+        their content for as long as it `is_offered`."""
+        state = self._requests.get(request_id)
+        if state is None or not state.is_running or state.is_aborted or state.is_stalled:
+            return None
+        self._offered.add(request_id)
+        return _holding(state)
+
+    def is_offered(self, request_id: RequestId) -> bool:
+        """True while it has not left the running set since its first `offer`."""
+        return request_id in self._offered
+
+    def end_offer(self, request_id: RequestId) -> None:
+        """Nobody copies it any more."""
+        self._offered.discard(request_id)
+
+    def take_out(self, request_id: RequestId) -> FrozenRequest | None:
+        """Take an offered request out of the running set; it keeps what it holds until `put_back`,
+        `give_away` or `abort`. None while a step computes it.
+
+        Raises:
+            AccountingError: it is not offered.
+        """
+        if request_id not in self._offered:
+            raise AccountingError(f"request {request_id} is taken out, but it is not offered")
+        state = self._requests[request_id]
+        if state.is_in_flight:
+            return None
+        self._step_back(state)
+        covered = self._blocks_for(state.computed_tokens)
+        self._release(state.block_table[covered:])
+        state.block_table = state.block_table[:covered]
+        self._taken_out[request_id] = state
+        return _holding(state)
+
+    def put_back(self, request_id: RequestId) -> None:
+        """A request that was taken out runs on; one that has been aborted does not."""
+        state = self._taken_out.pop(request_id, None)
+        if state is not None:
+            self._enter(state)
+
+    def give_away(self, request_id: RequestId) -> None:
+        """A request that was taken out runs elsewhere: forget it. Its full blocks stay cached."""
+        state = self._taken_out.pop(request_id, None)
+        if state is not None:
+            del self._requests[request_id]
+            self._release(state.block_table)
+
+    def withdraw(self, room_blocks: int, keep: Collection[RequestId]) -> tuple[RequestId, ...]:
+        """If the queue finds no room here, forget waiting requests, by arrival, which need at most
+        `room_blocks` in all; none of `keep`."""
+        if not self._waiting or self.load().head_blocks <= self._pool.available_blocks:
+            return ()
+        given: list[RequestId] = []
+        for state in tuple(self._waiting):
+            blocks = self._blocks_for(len(state.tokens))
+            if blocks <= room_blocks and state.request.id not in keep:
+                room_blocks -= blocks
+                given.append(state.request.id)
+                self.abort(state.request.id)
+        return tuple(given)
+
+    # ------------------------------------------------------------ migrations: the target
+
+    def reserve(self, migration: MigrationId, num_blocks: int) -> tuple[BlockId, ...] | None:
+        """Set blocks aside until there are `num_blocks` for a request that is on its way here. None
+        if there is no room for it: as at admission, besides what the head of the queue needs. The
+        first call counts as a lease seen."""
+        held = self._reserved.get(migration)
+        self._leases_seen += held is None
+        missing = num_blocks - len(held or ())
+        left = self._pool.available_blocks - missing
+        if held is None:
+            coming = len(self._running) + len(self._reserved)
+            watermark = int(self._config.watermark_fraction * self._pool.open_blocks)
+            if coming >= self._config.max_num_seqs or left < watermark + self.load().head_blocks:
+                return None
+        if left < 0:
+            return None
+        near = held[-1] if held else None
+        self._reserved[migration] = (held or ()) + self._pool.allocate(max(0, missing), near)
+        return self._reserved[migration]
+
+    def release_reserved(self, migration: MigrationId) -> None:
+        """What was set aside is not needed, and nobody writes it any more."""
+        self._release(self._reserved.pop(migration, ()))
+
+    def take_in(self, migration: MigrationId, request: Request, computed_tokens: int) -> None:
+        """A request has come, and the KV of its first `computed_tokens` tokens is in the blocks set
+        aside for it: it runs, as if it had been adopted.
+
+        Raises:
+            AccountingError: the id is leased already, all its tokens are computed, or too few
+                blocks were set aside. Nothing has changed then.
+        """
+        known = len(request.prompt_token_ids) + len(request.output_token_ids)
+        blocks, covered = self._reserved.get(migration, ()), self._blocks_for(computed_tokens)
+        if request.id in self._requests or computed_tokens >= known or len(blocks) < covered:
+            raise AccountingError(
+                f"request {request.id} with {computed_tokens} of {known} tokens computed, in "
+                f"{len(blocks)} blocks, cannot be taken in"
+            )
+        del self._reserved[migration]
+        self._release(blocks[covered:])
+        state = self._make_state(request)
+        state.computed_tokens, state.block_table = computed_tokens, blocks[:covered]
+        state.is_new = False
+        self._enter(state)
+        self._publish(state)
+
     # ------------------------------------------------------------ laws
 
     def check(self) -> None:
@@ -1402,8 +1552,10 @@ class Scheduler:
         """
         moving = [r for flight in self._flights.values() for r in flight.relocations]
         sources = [(relocation.source,) for relocation in moving]
-        self._pool.check([*sources, *(state.block_table for state in self._running)])
-        for state in self._running:
+        holders = (*self._running, *self._taken_out.values())
+        reserved = self._reserved.values()
+        self._pool.check([*sources, *reserved, *(state.block_table for state in holders)])
+        for state in holders:
             self._check_table(state)
             self._check_place(state)
         if {r.state for r in moving} != {state for state in self._running if state.is_moving}:
@@ -1411,9 +1563,11 @@ class Scheduler:
         for queue in (self._waiting, self._running):
             if any(a.order >= b.order for a, b in pairwise(queue)):
                 raise AccountingError("a queue is not in arrival order")
-        listed = {state.request.id: state for state in (*self._waiting, *self._running)}
-        if listed != self._requests or len(self._waiting) + len(self._running) != len(listed):
+        listed = {state.request.id: state for state in (*self._waiting, *holders)}
+        if listed != self._requests or len(self._waiting) + len(holders) != len(listed):
             raise AccountingError("a request is in two queues, or in none")
+        if not self._offered <= {state.request.id for state in self._running}:
+            raise AccountingError("a request is offered that does not run")
         if any(state.is_running or state.block_table for state in self._waiting):
             raise AccountingError("a waiting request holds blocks")
         self._check_host_blocks()
@@ -1426,7 +1580,8 @@ class Scheduler:
         self._swap.check((state.host_blocks for state in states), swapping)
         for state in states:
             name, is_held = state.request.id, bool(state.host_blocks)
-            if is_held != (state.is_swapping if state.is_running else state.computed_tokens > 0):
+            is_here = state.is_running or name in self._taken_out
+            if is_held != (state.is_swapping if is_here else state.computed_tokens > 0):
                 raise AccountingError(f"request {name} has host blocks without need, or lacks them")
             if is_held and len(state.host_blocks) != self._blocks_for(state.computed_tokens):
                 raise AccountingError(f"request {name} has {len(state.host_blocks)} host blocks")
@@ -1457,7 +1612,7 @@ class Scheduler:
 
 
 def _chunk(state: _RequestState, tokens: int) -> Chunk:
-    start = state.computed_tokens
+    start = state.reached_tokens
     return Chunk(
         request_id=state.request.id,
         token_ids=tuple(state.tokens[start : start + tokens]),
@@ -1466,6 +1621,10 @@ def _chunk(state: _RequestState, tokens: int) -> Chunk:
         samples=start + tokens == len(state.tokens),
         output_index=state.num_output_tokens,
     )
+
+
+def _holding(state: _RequestState) -> FrozenRequest:
+    return FrozenRequest(state.request.id, state.computed_tokens, state.block_table)
 
 
 def _known_request(state: _RequestState) -> Request:

@@ -39,6 +39,8 @@ from kunserve.core.events import (
     KillInstance,
     LayoutWished,
     LeaseRequest,
+    LogMigration,
+    LogRedispatch,
     LogTransition,
     NoteDecision,
     PolicySwitched,
@@ -51,6 +53,7 @@ from kunserve.core.events import (
     WishKind,
 )
 from kunserve.core.ids import InstanceId, RequestId
+from kunserve.core.migration import MigrationOrder, MigrationRecord, MigrationReport
 from kunserve.core.request import Request
 from kunserve.core.transition import (
     Fenced,
@@ -66,7 +69,7 @@ from kunserve.runtime.decision_log import describe_note
 from kunserve.runtime.settings import InstanceSettings
 from kunserve.runtime.status import ClusterView
 from kunserve.runtime.supervisor import Supervisor
-from kunserve.runtime.transition_log import describe
+from kunserve.runtime.transition_log import describe, describe_migration
 from kunserve.runtime.transport import FrontSocket
 from kunserve.runtime.viewer import Viewer
 from kunserve.worker.settings import EngineSettings
@@ -81,8 +84,14 @@ STALL_GRACE_S = 1.0
 not have reached the inbox, so deadlines are looked at only after the grace (two heartbeats)."""
 STOP_GRACE_S = 3.0
 
-_ORDERS = (LeaseRequest, RevokeLease, FormGroup, *get_args(TransitionOrder))
-_REPORTS = (GroupReport, Heartbeat, *get_args(TransitionReport))
+_ORDERS = (
+    LeaseRequest,
+    RevokeLease,
+    FormGroup,
+    *get_args(TransitionOrder),
+    *get_args(MigrationOrder),
+)
+_REPORTS = (GroupReport, Heartbeat, *get_args(TransitionReport), *get_args(MigrationReport))
 
 Sink = Callable[[DeliverTokens | RefuseRequest], None]
 """Takes what happens to one request. Called on the cluster's thread; must not block."""
@@ -104,6 +113,7 @@ class ClusterSettings:
     check_accounting: bool = False
     exchange: str = "coordinated"
     link_gbps: float | None = None
+    profile_directory: str | None = None
 
 
 class Cluster:
@@ -385,6 +395,12 @@ class Cluster:
             self._log_transition(command.record)
         elif isinstance(command, NoteDecision):
             self._log_decision(command.note)
+        elif isinstance(command, LogMigration):
+            self._log_migration(command.record)
+        elif isinstance(command, LogRedispatch):
+            number, instance = len(command.request_ids), command.instance
+            logger.info("%d requests queued at instance %d are dispatched anew", number, instance)
+            self._viewer.count_redispatched(number)
 
     def _log_transition(self, record: TransitionRecord) -> None:
         """COMMIT leaves its record at once; the line for people comes when all is over."""
@@ -399,6 +415,10 @@ class Cluster:
         level = logging.WARNING if isinstance(note, Shortage) else logging.INFO
         logger.log(level, "%s", describe_note(note))
         self._viewer.note(note)
+
+    def _log_migration(self, record: MigrationRecord) -> None:
+        logger.info("%s", describe_migration(record))
+        self._viewer.count_migration(record)
 
     def _answer(self, command: AnswerWish) -> None:
         self._publish()  # whoever is answered finds the layout of the answer
@@ -430,6 +450,7 @@ class Cluster:
                 check_accounting=settings.check_accounting,
                 exchange=settings.exchange,
                 link_gbps=settings.link_gbps,
+                profile_directory=settings.profile_directory,
             )
         )
         self._pidfds[child.pidfd] = command.instance

@@ -22,6 +22,7 @@ from kunserve.core.events import (
     RevokeLease,
 )
 from kunserve.core.ids import InstanceId
+from kunserve.core.migration import MigrationOrder, MigrationReport
 from kunserve.core.transition import TransitionOrder, TransitionReport
 
 
@@ -65,6 +66,8 @@ MESSAGE_TYPES: tuple[type, ...] = (
     Shutdown,
     *get_args(TransitionOrder),
     *get_args(TransitionReport),
+    *get_args(MigrationOrder),
+    *get_args(MigrationReport),
 )
 
 # msgspec lets text that is no UTF-8 and too deep nesting through as Python's own errors.

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -61,11 +62,11 @@ from kunserve.runtime.codec import CodecError, LoadProgress, Shutdown, StartFail
 from kunserve.runtime.peers import PeerMesh
 from kunserve.runtime.process import ignore_terminal_signals
 from kunserve.runtime.settings import InstanceSettings
+from kunserve.runtime.step_costs import find_cost_model
 from kunserve.runtime.threads import ComputeThread, CopyThread, PartThread
 from kunserve.runtime.transport import InstanceSocket
 from kunserve.worker.engine import Engine
 from kunserve.worker.host_kv import HostKv
-from kunserve.worker.profile import quick_fit
 
 logger = logging.getLogger("kunserve.instance")
 
@@ -139,7 +140,7 @@ class Links:
         spans = tuple(
             Span(
                 memory.identity_address(copy.local_page, copy.first_block * block_bytes),
-                base + copy.remote_page * page_bytes + copy.first_block * block_bytes,
+                base + copy.remote_page * page_bytes + copy.remote_first_block * block_bytes,
                 copy.num_blocks * block_bytes,
             )
             for copy in order.copies
@@ -383,8 +384,8 @@ def _serve(settings: InstanceSettings, link: InstanceSocket) -> None:
     progress("opening memory", 0.0)
     with Engine(settings.engine, progress) as engine:
         progress("measuring step times", 1.0)
-        cost_model = quick_fit(engine)
-        logger.info("step cost: %s", cost_model)
+        profiles = settings.profile_directory
+        cost_model = find_cost_model(engine, Path(profiles) if profiles else None)
         instance = Instance(settings, engine, cost_model, link)
         gc.freeze()  # what lives until the end: no collection needs to look at it again
         instance.run()

@@ -13,7 +13,8 @@ from kunserve.worker.settings import EngineSettings
 @dataclass(frozen=True)
 class InstanceSettings:
     """What the front writes to a new instance's standard input. `exchange`: "coordinated" or
-    "uncoordinated"; `link_gbps` bounds each link of the instance, None for no bound."""
+    "uncoordinated"; `link_gbps` bounds each link of the instance, None for no bound;
+    `profile_directory` has measured cost models, None: measure at start."""
 
     instance: InstanceId
     incarnation: int
@@ -24,3 +25,4 @@ class InstanceSettings:
     check_accounting: bool
     exchange: str = "coordinated"
     link_gbps: float | None = None
+    profile_directory: str | None = None

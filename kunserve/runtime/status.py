@@ -92,6 +92,18 @@ class DecisionTotals:
 
 
 @dataclass(frozen=True)
+class MigrationTotals:
+    """Sums over all migrations since the start. `outcomes`: count by outcome; `moved_bytes`: KV
+    that was copied for them; `redispatched`: requests that were taken back from a queue.
+    `num_running`: under way now."""
+
+    num_running: int = 0
+    outcomes: Mapping[str, int] = field(default_factory=dict)
+    moved_bytes: int = 0
+    redispatched: int = 0
+
+
+@dataclass(frozen=True)
 class ClusterView:
     """The cluster at `at_ns` on the monotonic clock: a controller that stands still shows by its
     view growing old. `cpu_ns` is the time that the controller's thread has computed."""
@@ -105,6 +117,7 @@ class ClusterView:
     block_size: int = 0
     dropped_bytes: int = 0
     totals: TransitionTotals = TransitionTotals()
+    migrations: MigrationTotals = MigrationTotals()
     last_transition: TransitionRecord | None = None
     cpu_ns: int = 0
     at_ns: int = 0

@@ -1,4 +1,4 @@
-"""One readable line per transition, for the log, the admin API and `kunserve top`."""
+"""One readable line per transition or migration, for the log, the admin API and `kunserve top`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from statistics import median
 
 from kunserve.core.layout import Group
+from kunserve.core.migration import MigrationRecord
 from kunserve.core.transition import TransitionRecord
 
 NS_PER_MS = 1e6
@@ -33,6 +34,23 @@ def describe(record: TransitionRecord) -> str:
     clauses = [head, _moved(record), _requests(record), _stalls(record), _activations(record)]
     # A reason may quote an error of several lines.
     return " ".join("; ".join(clause for clause in clauses if clause).split())
+
+
+def describe_migration(record: MigrationRecord) -> str:
+    """What a migration of a request did, and why not if it was cancelled.
+
+    migration #3: request cmpl-7 0 -> 1 done in 48 ms: 2 stages, 12 blocks, 8.4 MiB, stopped 6.1 ms
+    """
+    head = (
+        f"migration #{record.id}: request {record.request_id} {record.source} -> {record.target} "
+        f"{record.outcome} in {_ms(record.elapsed_ns)} ms"
+    )
+    if record.reason:
+        return f"{head} ({record.reason})"
+    return (
+        f"{head}: {_count(record.stages, 'stage')}, {_count(record.moved_blocks, 'block')}, "
+        f"{_size(record.moved_bytes)}, stopped {_ms(record.stopped_ns)} ms"
+    )
 
 
 def _groups(groups: Iterable[Group]) -> str:

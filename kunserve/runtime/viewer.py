@@ -9,6 +9,7 @@ from dataclasses import replace
 from kunserve.core.decision import Decision, DecisionNote, Realised, Verdict
 from kunserve.core.ids import InstanceId
 from kunserve.core.layout import stage_holds
+from kunserve.core.migration import MigrationRecord
 from kunserve.core.transition import TransitionRecord
 from kunserve.policy.book import ControllerConfig, GroupRecord, InstanceRecord, InstanceState
 from kunserve.policy.controller import Controller
@@ -17,6 +18,7 @@ from kunserve.runtime.status import (
     DecisionTotals,
     GroupStatus,
     InstanceStatus,
+    MigrationTotals,
     TransitionTotals,
 )
 
@@ -29,6 +31,7 @@ class Viewer:
         self._config = config
         self._part_pages = dict(config.part_pages)
         self._totals = TransitionTotals()
+        self._migrations = MigrationTotals()
         self._last: TransitionRecord | None = None
         self._last_ns: int | None = None
         self._decisions = DecisionTotals()
@@ -81,6 +84,18 @@ class Viewer:
             degraded_ns=totals.degraded_ns,
         )
 
+    def count_migration(self, record: MigrationRecord) -> None:
+        """Take in a record of a migration that is over."""
+        outcomes = Counter(self._migrations.outcomes)
+        outcomes[record.outcome] += 1
+        moved_bytes = self._migrations.moved_bytes + record.moved_bytes
+        self._migrations = replace(self._migrations, outcomes=outcomes, moved_bytes=moved_bytes)
+
+    def count_redispatched(self, number: int) -> None:
+        """So many requests were taken back from a queue."""
+        redispatched = self._migrations.redispatched + number
+        self._migrations = replace(self._migrations, redispatched=redispatched)
+
     def view(self, pids: Mapping[InstanceId, int], now_ns: int, cpu_ns: int) -> ClusterView:
         """The cluster now."""
         controller = self._controller
@@ -98,6 +113,7 @@ class Viewer:
             block_size=self._config.block_size,
             dropped_bytes=self._dropped_pages() * self._config.page_bytes,
             totals=self._totals,
+            migrations=replace(self._migrations, num_running=len(controller.migrations)),
             last_transition=self._last,
             cpu_ns=cpu_ns,
             at_ns=now_ns,

@@ -34,7 +34,7 @@ METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 def create_app(engine: EngineClient, tokenizer: Tokenizer, config: ServerConfig) -> Starlette:
     """The ASGI application over a running engine. It owns neither engine nor tokenizer."""
-    metrics = ServerMetrics(engine, config.served_model_names[0])
+    metrics = ServerMetrics(engine, config.served_model_names[0], config.slo)
     seeds = random.SystemRandom() if config.seed is None else random.Random(config.seed)
     service = Service(engine, tokenizer, config, metrics, seeds)
     max_bytes = max(MAX_PREPARING_BYTES, config.max_request_body_bytes)

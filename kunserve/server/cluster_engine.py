@@ -109,6 +109,7 @@ class ClusterEngine:
             totals=view.totals,
             may_drop=view.may_drop,
             decisions=view.decisions,
+            migrations=view.migrations,
         )
 
     def _is_healthy(self, view: ClusterView) -> bool:

@@ -13,6 +13,7 @@ from kunserve.runtime.status import (
     DecisionTotals,
     GroupStatus,
     InstanceStatus,
+    MigrationTotals,
     TransitionTotals,
 )
 
@@ -26,9 +27,9 @@ class EngineStatus:
     has been silent past its deadline.
     `controller_cpu_s`: what the controller's thread has computed since the start.
     `counters`: what every instance did since the start of the front; they never go back.
-    `epoch`, `groups`, `dropped_bytes` (of parameters) and `totals`: of the layout, as in
-    `ClusterView`, as are `may_drop` and `decisions` of the overload policy. `block_size`: tokens of
-    a KV block."""
+    `epoch`, `groups`, `dropped_bytes` (of parameters), `totals` and `migrations`: of the layout and
+    of requests that moved, as in `ClusterView`, as are `may_drop` and `decisions` of the overload
+    policy. `block_size`: tokens of a KV block."""
 
     ready: bool
     healthy: bool
@@ -44,6 +45,7 @@ class EngineStatus:
     totals: TransitionTotals = TransitionTotals()
     may_drop: bool = False
     decisions: DecisionTotals = DecisionTotals()
+    migrations: MigrationTotals = MigrationTotals()
 
 
 class EngineClient(Protocol):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from prometheus_client import (
     CollectorRegistry,
     Counter,
+    Gauge,
     Histogram,
     ProcessCollector,
     generate_latest,
@@ -27,6 +28,7 @@ from kunserve.runtime.status import GroupStatus
 from kunserve.server.engine import EngineClient, EngineStatus, InstanceStatus
 from kunserve.server.errors import to_http_error
 from kunserve.server.overload_metrics import overload_families
+from kunserve.server.settings import Slo
 
 PREFIX = "kunserve:"
 _LABELS = ("model_name",)
@@ -96,6 +98,7 @@ class EngineCollector(Collector):
         yield from self._group_gauges(status)
         yield from self._transition_counters(status)
         yield from overload_families(PREFIX, self._model_name, status)
+        yield from self._migration_counters(status)
 
     def _load_gauges(self, instances: tuple[InstanceStatus, ...]) -> Iterable[Metric]:
         gauges: dict[str, tuple[str, Callable[[GroupLoad], float]]] = {
@@ -261,6 +264,29 @@ class EngineCollector(Collector):
             counter.add_metric([self._model_name], value)
             yield counter
 
+    def _migration_counters(self, status: EngineStatus) -> Iterable[Metric]:
+        """Requests that moved between instances, with `--policy migrate`."""
+        totals = status.migrations
+        yield self._one("num_migrations_running", "Live migrations under way", totals.num_running)
+        outcomes = CounterMetricFamily(
+            PREFIX + "migrations",
+            "Live migrations of running requests that ended",
+            labels=("model_name", "outcome"),
+        )
+        for outcome, number in totals.outcomes.items():
+            outcomes.add_metric([self._model_name, outcome], number)
+        yield outcomes
+        counters = {
+            "migrated_bytes": ("KV copied by live migrations", totals.moved_bytes),
+            "redispatched_requests": (
+                "Queued requests taken back from an instance for another one", totals.redispatched,
+            ),
+        }  # fmt: skip
+        for name, (text, value) in counters.items():
+            counter = CounterMetricFamily(PREFIX + name, text, labels=_LABELS)
+            counter.add_metric([self._model_name], value)
+            yield counter
+
     def _front_counters(self, controller_cpu_s: float) -> Iterable[Metric]:
         """CPU time of the front's threads. Scraped on the HTTP thread, so that its own counts."""
         seconds = {
@@ -302,9 +328,9 @@ def _share(part: float, whole: float) -> float:
 
 
 class ServerMetrics:
-    """All metrics of one server, in a registry of its own."""
+    """All metrics of one server, in a registry of its own. `slo`: what answers are judged by."""
 
-    def __init__(self, engine: EngineClient, model_name: str) -> None:
+    def __init__(self, engine: EngineClient, model_name: str, slo: Slo) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(EngineCollector(engine, model_name))
         ProcessCollector(registry=self.registry)
@@ -356,10 +382,53 @@ class ServerMetrics:
         self.generation_length = histogram("request_generation_tokens", "Output tokens", lengths)
         self.max_tokens = histogram("request_params_max_tokens", "Asked output tokens", lengths)
         self.n = histogram("request_params_n", "Asked answers per prompt", (1, 2, 5, 10, 20))
+        self.slo = SloMetrics(self.registry, model_name, slo)
 
     def render(self) -> bytes:
         """The exposition text (version 0.0.4)."""
         return generate_latest(self.registry)
+
+
+class SloMetrics:
+    """Answers that kept what clients are promised, and those that did not. Without a promise the
+    gauges are 0 and nothing is counted."""
+
+    def __init__(self, registry: CollectorRegistry, model_name: str, slo: Slo) -> None:
+        self._slo = slo
+        promises = {
+            "ttft": ("slo_ttft_seconds", "Promised time to first token; 0: none", slo.ttft_s),
+            "tpot": ("slo_tpot_seconds", "Promised time per token after it; 0: none", slo.tpot_s),
+        }
+        for name, text, seconds in promises.values():
+            gauge = Gauge(PREFIX + name, text, _LABELS, registry=registry)
+            gauge.labels(model_name).set(seconds or 0.0)
+        self._attained = Counter(
+            PREFIX + "slo_attained_requests",
+            "Accepted sequences that ended within all promised times",
+            _LABELS,
+            registry=registry,
+        ).labels(model_name)
+        self._goodput = Counter(
+            PREFIX + "goodput_tokens", "Output tokens of those", _LABELS, registry=registry
+        ).labels(model_name)
+        violated = Counter(
+            PREFIX + "slo_violated_requests",
+            "Accepted sequences that ended and took longer than promised, by the promise broken",
+            ("model_name", "slo"),
+            registry=registry,
+        )
+        self._violated = {name: violated.labels(model_name, name) for name in promises}
+
+    def judge(self, ttft_s: float, tpot_s: float | None, tokens: int) -> None:
+        """An answer of `tokens` ended; `tpot_s` None: it has no token after the first."""
+        if not self._slo.is_given:
+            return
+        broken = self._slo.broken(ttft_s, tpot_s)
+        for name in broken:
+            self._violated[name].inc()
+        if not broken:
+            self._attained.inc()
+            self._goodput.inc(tokens)
 
 
 class RequestTimer:
@@ -441,8 +510,12 @@ class SequenceTimer:
         self._metrics.finished[reason].inc()
         if reason == FinishReason.ABORT.value:
             return
-        self._metrics.e2e.observe(time.monotonic() - self._request.arrival_s)
+        e2e_s = time.monotonic() - self._request.arrival_s
+        self._metrics.e2e.observe(e2e_s)
         self._metrics.generation_length.observe(self._count)
+        per_token_s = None
         if self._count > 1:
-            per_token = (self._last_s - self._first_s) / (self._count - 1)
-            self._metrics.per_output_token.observe(per_token)
+            per_token_s = (self._last_s - self._first_s) / (self._count - 1)
+            self._metrics.per_output_token.observe(per_token_s)
+        ttft_s = self._first_s - self._request.arrival_s if self._count else e2e_s
+        self._metrics.slo.judge(ttft_s, per_token_s, self._count)

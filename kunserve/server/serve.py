@@ -33,11 +33,12 @@ from kunserve.runtime.cluster import Cluster, ClusterSettings
 from kunserve.runtime.model_config import load_model_spec
 from kunserve.runtime.model_source import ResolvedModel, default_cache_dir, resolve_model
 from kunserve.runtime.process import raise_file_limit
+from kunserve.runtime.profiles import profile_directory
 from kunserve.runtime.stats_log import CounterSums, StatsLogger
 from kunserve.server.admin import create_admin_app
 from kunserve.server.app import create_app
 from kunserve.server.cluster_engine import ClusterEngine
-from kunserve.server.settings import GenerationDefaults, ServerConfig, load_generation_defaults
+from kunserve.server.settings import GenerationDefaults, ServerConfig, Slo, load_generation_defaults
 from kunserve.server.tokenizer import Tokenizer
 from kunserve.worker.settings import EngineSettings, plan_instance_memory, resolve_max_model_len
 
@@ -89,12 +90,15 @@ def make_plan(config: ServeConfig, progress: Callable[[str], None]) -> ServePlan
     Raises:
         ConfigError, ModelLoadError, ModelNotSupportedError: with the flag or file at fault.
     """
-    cache = Path(config.cache_dir) if config.cache_dir else default_cache_dir(os.environ)
-    model = resolve_model(config.model, cache, progress)
+    model = resolve_model(config.model, _cache_dir(config), progress)
     spec = load_model_spec(model.directory)
     memory = plan_instance_memory(spec, config.block_size, config.kv_bytes, config.memory_bytes)
     limit = resolve_max_model_len(spec, memory, config.block_size, config.max_model_len)
     return ServePlan(config, model, spec, memory, limit)
+
+
+def _cache_dir(config: ServeConfig) -> Path:
+    return Path(config.cache_dir) if config.cache_dir else default_cache_dir(os.environ)
 
 
 def cluster_settings(plan: ServePlan) -> ClusterSettings:
@@ -131,6 +135,7 @@ def cluster_settings(plan: ServePlan) -> ClusterSettings:
             enable_prefix_caching=config.enable_prefix_caching,
             batching=Batching(config.batching),
             batch_order=BatchOrder(config.batch_order),
+            chain_chunks=Batching(config.batching) is Batching.LOOKAHEAD,
             host_blocks=_host_blocks(plan),
         ),
         controller=ControllerConfig(
@@ -160,6 +165,7 @@ def cluster_settings(plan: ServePlan) -> ClusterSettings:
         check_accounting=config.check_accounting,
         exchange=config.exchange,
         link_gbps=config.link_gbps,
+        profile_directory=str(profile_directory(_cache_dir(config))),
     )
 
 
@@ -179,6 +185,10 @@ def _host_blocks(plan: ServePlan) -> int:
 
 def _to_ns(milliseconds: float | None) -> int | None:
     return None if milliseconds is None else int(milliseconds * 1e6)
+
+
+def _to_s(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1e3
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -363,6 +373,7 @@ def make_app(
         max_request_body_bytes=config.max_request_body_bytes,
         generation_defaults=defaults,
         seed=config.seed,
+        slo=Slo(_to_s(config.slo_ttft_ms), _to_s(config.slo_tpot_ms)),
     )
     return create_app(engine, tokenizer, server_config)
 

@@ -76,6 +76,27 @@ def load_generation_defaults(model_dir: Path) -> GenerationDefaults:
 
 
 @dataclass(frozen=True)
+class Slo:
+    """What clients are promised, in seconds: the time to the first token, and the mean time of
+    each token after it. None: nothing is promised."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+
+    @property
+    def is_given(self) -> bool:
+        """Something is promised."""
+        return self.ttft_s is not None or self.tpot_s is not None
+
+    def broken(self, ttft_s: float, tpot_s: float | None) -> tuple[str, ...]:
+        """Which promises an answer has not kept: "ttft", "tpot". An answer of one token has no
+        `tpot_s`, and keeps that one."""
+        is_late = self.ttft_s is not None and ttft_s > self.ttft_s
+        is_slow = self.tpot_s is not None and tpot_s is not None and tpot_s > self.tpot_s
+        return ("ttft",) * is_late + ("tpot",) * is_slow
+
+
+@dataclass(frozen=True)
 class ServerConfig:
     """Settings of the HTTP application.
 
@@ -83,7 +104,8 @@ class ServerConfig:
     labels the metrics. `model_root`: what /v1/models shows as the checkpoint. `max_sequences`:
     most prompts times answers of one request. `max_preparing`: most requests whose bodies are
     read and tokenised at one time (more are answered 503). `seed`: of the generator that draws
-    the seeds of requests without one; None takes the system's randomness.
+    the seeds of requests without one; None takes the system's randomness. `slo`: what answers are
+    judged by in the metrics.
     """
 
     served_model_names: tuple[str, ...]
@@ -96,6 +118,7 @@ class ServerConfig:
     max_preparing: int = 256
     generation_defaults: GenerationDefaults = GenerationDefaults()
     seed: int | None = None
+    slo: Slo = Slo()
 
     def __post_init__(self) -> None:
         if not self.served_model_names or not all(self.served_model_names):

@@ -226,9 +226,19 @@ def _traffic(before: Snapshot, now: Snapshot) -> Text:
         f"running {running:.0f}  waiting {waiting:.0f}  in front {elsewhere:.0f}"
         f"  |  {_rate(before, now, 'generation_tokens_total')} tokens/s out, "
         f"{_rate(before, now, 'prompt_tokens_total')} tokens/s in"
-        f"  |  TTFT {'-' if ttft_s is None else f'{ttft_s * 1e3:.0f} ms'}"
+        f"  |  TTFT {'-' if ttft_s is None else f'{ttft_s * 1e3:.0f} ms'}{_attainment(before, now)}"
         f"  |  preemptions {metrics.total('num_preemptions_total'):.0f} (+{preempted:.0f})"
     )
+
+
+def _attainment(before: Snapshot, now: Snapshot) -> str:
+    """Share of the answers that ended within what `--slo-ttft-ms` and `--slo-tpot-ms` promise."""
+    promises = ("slo_ttft_seconds", "slo_tpot_seconds")
+    if not any(now.metrics.total(name) for name in promises):
+        return ""
+    ended = _since(before, now, "e2e_request_latency_seconds_count")
+    attained = _since(before, now, "slo_attained_requests_total")
+    return f", SLO {attained / ended:.0%}" if ended else ", SLO -"
 
 
 def _memory(metrics: Metrics) -> Text:

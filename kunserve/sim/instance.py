@@ -36,6 +36,7 @@ from kunserve.core.events import GroupReport, Heartbeat, InstanceReady
 from kunserve.core.ids import InstanceId, RequestId, SlotId
 from kunserve.core.layout import Group, Part, PartKind
 from kunserve.core.memory import PageRun, pages_of
+from kunserve.core.migration import MigrationReport
 from kunserve.core.step import StepResult
 from kunserve.core.transition import PeerAddress, PeerMessage, TransitionReport
 from kunserve.policy.cost_model import ChunkShape, CostModel
@@ -55,7 +56,7 @@ WAKE_NS = 20 * MICROSECOND_NS
 BLOCK_BYTES = 64
 
 DownMessage = MemberMessage
-UpMessage = InstanceReady | GroupReport | Heartbeat | TransitionReport
+UpMessage = InstanceReady | GroupReport | Heartbeat | TransitionReport | MigrationReport
 
 
 @dataclass(frozen=True)

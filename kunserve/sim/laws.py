@@ -13,6 +13,8 @@ Safety, after every event:
                 instance is in one transition at a time; who is to give parts to others has them
                 by its stage, so that it keeps them
     wishes      each is answered once: granted when the layout is as wished, else a reason is given
+    migrations  the lease moves from one living leader to another, once the source has been told to
+                stop, with exactly what was delivered; nobody is in two of them at a time
     kills       nothing that makes progress is killed
     drain       complete exactly when nothing is left
 
@@ -34,14 +36,17 @@ from kunserve.core.events import (
     InstanceDrainWished,
     LayoutWished,
     LeaseRequest,
+    LogMigration,
+    LogRedispatch,
     LogTransition,
     RefusalKind,
     RefuseRequest,
     RevokeLease,
     WishKind,
 )
-from kunserve.core.ids import Epoch, GroupId, InstanceId, RequestId, TransitionId
+from kunserve.core.ids import Epoch, GroupId, InstanceId, MigrationId, RequestId, TransitionId
 from kunserve.core.layout import Group, Layout, PartKind, whole_instance
+from kunserve.core.migration import ActivateRequest, OfferBlocks, PullBlocks, StopRequest
 from kunserve.core.request import Request, TokenOutput
 from kunserve.core.transition import Adopt, Fence, PartSource, Peers, Prepare, Remap, Reset
 from kunserve.sim.toy_model import KILLER_TOKEN_ID, POISON_TOKEN_ID, reference_outputs
@@ -81,8 +86,8 @@ GroupName = tuple[GroupId, Epoch]
 class Stream:
     """One request as its client sees it.
 
-    `losses`: of instances in a row, without a token since. All requests of a lost group count one,
-    or the one on trial among them alone.
+    `losses`: of instances in a row, without a token since. All requests of a lost group count one;
+    beside one on trial, never the last one.
     """
 
     request: Request
@@ -102,6 +107,16 @@ class Stream:
     def is_poison(self) -> bool:
         """Its rows give no token."""
         return POISON_TOKEN_ID in self.request.prompt_token_ids
+
+
+@dataclass
+class Moving:
+    """A migration under way. `source` names the group that has the lease."""
+
+    request_id: RequestId
+    source: GroupName
+    instances: set[InstanceId]
+    is_stopped: bool = False
 
 
 class Laws:
@@ -140,6 +155,9 @@ class Laws:
         self.commits = 0
         self.granted = 0
         self.outcomes: list[str] = []
+        self._moving: dict[MigrationId, Moving] = {}
+        self.migration_outcomes: list[str] = []
+        self.redispatched = 0
 
     # ------------------------------------------------------------ what went in
 
@@ -189,8 +207,10 @@ class Laws:
         """All groups that broke by one loss are known."""
         orphans, self._orphans = self._orphans, []
         trial = self._on_trial
-        for stream in [trial] if trial is not None and trial in orphans else orphans:
-            stream.losses += 1
+        for stream in orphans:
+            is_beside_trial = trial in orphans and stream is not trial
+            most = self._max_losses - 1 if is_beside_trial else self._max_losses
+            stream.losses = min(stream.losses + 1, most)
 
     def _end_trial(self, stream: Stream) -> None:
         if self._on_trial is stream:
@@ -203,16 +223,12 @@ class Laws:
     def instance_killed_by(self, request_id: RequestId) -> None:
         """A process ended because it computed this request.
 
-        While another request is on trial, the loss is put down to that one, which ends with it: so
-        each other killer may hide one death of this one.
-
         Raises:
             LawBrokenError: it was let loose on too many.
         """
         stream = self._streams[request_id]
         stream.deaths += 1
-        killers = sum(KILLER_TOKEN_ID in s.request.prompt_token_ids for s in self._streams.values())
-        most = self._max_losses + max(0, killers - 1)
+        most = self._max_losses
         _law(stream.deaths <= most, f"{request_id} ended {stream.deaths} instances")
 
     # ------------------------------------------------------------ what came out
@@ -245,6 +261,8 @@ class Laws:
         elif isinstance(command, DrainComplete):
             _law(facts.draining, "a drain is complete that nobody asked for")
             _law(not self.open_requests, f"a drain is complete before {self.open_requests}")
+        else:
+            self._judge_migration(command)
 
     def _open_stream(self, request_id: RequestId, what: str) -> Stream:
         stream = self._streams.get(request_id)
@@ -425,6 +443,45 @@ class Laws:
             )
             self._check_known(stream, adopted.request)
             stream.leased_to, stream.on_its_way = name, None
+
+    # ------------------------------------------------------------ migrations
+
+    def _judge_migration(self, command: Command) -> None:
+        if isinstance(command, OfferBlocks):
+            moving = Moving(command.request_id, (command.group, command.epoch), set())
+            moving = self._moving.setdefault(command.migration, moving)
+            self._join(moving, command.instance)
+        elif isinstance(command, PullBlocks):
+            self._join(self._moving[command.migration], command.instance)
+        elif isinstance(command, StopRequest):
+            self._moving[command.migration].is_stopped = True
+        elif isinstance(command, ActivateRequest):
+            self._judge_activation(command)
+        elif isinstance(command, LogMigration):
+            self._moving.pop(command.record.id, None)
+            self.migration_outcomes.append(command.record.outcome)
+        elif isinstance(command, LogRedispatch):
+            self.redispatched += len(command.request_ids)
+
+    def _join(self, moving: Moving, instance: InstanceId) -> None:
+        others = [m for m in self._moving.values() if m is not moving and instance in m.instances]
+        _law(not others, f"instance {instance} is in two migrations: {moving} and {others}")
+        moving.instances.add(instance)
+
+    def _judge_activation(self, command: ActivateRequest) -> None:
+        request, moving = command.request, self._moving[command.migration]
+        stream = self._open_stream(request.id, "activation")
+        _law(moving.request_id == request.id, f"{request.id} moves in the place of {moving}")
+        _law(moving.is_stopped, f"{request.id} moves, but its source was not told to stop")
+        _law(stream.leased_to == moving.source, f"{request.id} moves, but not from {moving}")
+        group = self._living.get(command.instance)
+        name = (command.group, command.epoch)
+        is_right = group is not None and (group.id, group.epoch) == name
+        _law(is_right, f"{request.id} moves to {name}, but {command.instance} is in {group}")
+        self._check_known(stream, request)
+        known = len(request.prompt_token_ids) + len(request.output_token_ids)
+        _law(command.computed_tokens < known, f"{request.id} moves with nothing left to compute")
+        stream.leased_to = name
 
     # ------------------------------------------------------------ wishes
 

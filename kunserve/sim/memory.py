@@ -12,6 +12,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
+from kunserve.core.actions import PageCopy
 from kunserve.core.errors import AccountingError
 from kunserve.core.ids import BlockId
 from kunserve.core.layout import Part
@@ -49,15 +50,14 @@ class PhysicalPages:
         self.cells[first : first + count] = array("q", [POISON]) * count
         self.tags[page] = None
 
-    def copy_from(
-        self, peer: PhysicalPages, local: int, remote: int, first_block: int, num_blocks: int
-    ) -> None:
+    def copy_from(self, peer: PhysicalPages, copy: PageCopy) -> None:
         """Write blocks of a page with what a peer's page holds now, whatever that is."""
-        here, there = self.cell_at(local, first_block), peer.cell_at(remote, first_block)
-        count = num_blocks * self.block_size
+        here = self.cell_at(copy.local_page, copy.first_block)
+        there = peer.cell_at(copy.remote_page, copy.remote_first_block)
+        count = copy.num_blocks * self.block_size
         self.cells[here : here + count] = peer.cells[there : there + count]
-        is_whole = num_blocks == self.blocks_per_page
-        self.tags[local] = peer.tags[remote] if is_whole else None
+        is_whole = copy.num_blocks == self.blocks_per_page
+        self.tags[copy.local_page] = peer.tags[copy.remote_page] if is_whole else None
 
     def load(self, pages: Sequence[int], part: Part) -> None:
         """Write weights of `part`, as read from the file."""

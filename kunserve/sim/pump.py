@@ -143,9 +143,7 @@ class Pump:
         if peer is None or self.is_closed or running.is_over:
             return
         for copy in copies:
-            self._pages.copy_from(
-                peer, copy.local_page, copy.remote_page, copy.first_block, copy.num_blocks
-            )
+            self._pages.copy_from(peer, copy)
 
     def _finish(self, running: _Running, copies: Sequence[PageCopy]) -> None:
         if self._timeline.now_ns < self._hung_until_ns:

@@ -7,6 +7,7 @@ from random import Random
 
 from kunserve.core.events import InstanceDrainWished, LayoutWished, WishKind
 from kunserve.core.ids import InstanceId, RequestId
+from kunserve.core.policy import Batching, PolicyName
 from kunserve.core.request import Request, SamplingParams
 from kunserve.policy.book import ControllerConfig
 from kunserve.policy.cost_model import CostModel
@@ -75,7 +76,7 @@ class Scenario:
 class ScenarioLimits:
     """How large and how hard a drawn scenario may be. `poison_share`: of the requests, those
     whose rows give no token; `killer_share`: those that end the process that computes them.
-    `swaps`: instances have some host memory."""
+    `swaps`: instances have some host memory. `migrates`: requests move between instances."""
 
     max_instances: int = 4
     max_requests: int = 24
@@ -86,12 +87,23 @@ class ScenarioLimits:
     max_wishes: int = 0
     min_instances: int = 1
     swaps: bool = False
+    migrates: bool = False
+
+    @property
+    def has_links(self) -> bool:
+        """Instances pull from each other."""
+        return self.max_wishes > 0 or self.migrates
 
 
 TRANSITION_LIMITS = ScenarioLimits(
     max_instances=8, min_instances=2, max_wishes=5, max_faults=6, max_requests=40
 )
 """Small clusters whose layout changes often, with faults."""
+
+MIGRATION_LIMITS = ScenarioLimits(
+    max_instances=4, min_instances=2, max_faults=5, max_requests=60, migrates=True
+)
+"""Small clusters whose requests move, with faults."""
 
 
 def draw_scenario(rng: Random, limits: ScenarioLimits = ScenarioLimits()) -> Scenario:
@@ -100,6 +112,8 @@ def draw_scenario(rng: Random, limits: ScenarioLimits = ScenarioLimits()) -> Sce
     instance = _draw_instance(rng)
     if limits.max_wishes:
         instance = _draw_parts(rng, instance)
+    if limits.migrates:
+        instance = _draw_batches(rng, instance)
     controller = _draw_controller(rng, limits, instance)
     wishes = _draw_wishes(rng, limits, controller.num_instances)
     arrivals = _draw_arrivals(rng, limits, instance, wishes)
@@ -109,7 +123,7 @@ def draw_scenario(rng: Random, limits: ScenarioLimits = ScenarioLimits()) -> Sce
         num_instances=controller.num_instances,
         horizon_ns=limits.arrivals_ns + 4 * SECOND_NS,
         heartbeat_timeout_ns=controller.heartbeat_timeout_ns,
-        links=limits.max_wishes > 0,
+        links=limits.has_links,
     )
     faults = _near_wishes(rng, faults, wishes)
     drains = rng.random() < 0.25
@@ -147,6 +161,15 @@ def _draw_parts(rng: Random, instance: SimInstanceConfig) -> SimInstanceConfig:
         spare_pages=rng.choice((0, 0, 1, 3)),
         window_pages=rng.choice((None, 1, 4, 64)),
         digests=rng.random() < 0.5,
+    )
+
+
+def _draw_batches(rng: Random, instance: SimInstanceConfig) -> SimInstanceConfig:
+    """Several requests at once, of which some can move."""
+    most_seqs = rng.randint(3, 16)
+    return replace(
+        instance,
+        scheduler=replace(instance.scheduler, max_num_seqs=most_seqs),
     )
 
 
@@ -221,6 +244,7 @@ def _draw_instance(rng: Random) -> SimInstanceConfig:
         step_time_target_ns=rng.randint(10, 60) * MILLISECOND_NS,
         watermark_fraction=rng.choice((0.0, 0.01, 0.2)),
         enable_prefix_caching=rng.random() < 0.8,
+        batching=Batching.LOOKAHEAD if budget is None or budget % 2 else Batching.TOKEN_COUNT,
     )
     cost_model = CostModel(
         alpha_ns=rng.uniform(0, 20) * MICROSECOND_NS,
@@ -255,6 +279,7 @@ def _draw_controller(
         answer_timeout_ns=rng.randint(2, 5) * SECOND_NS,
         long_timeout_ns=rng.randint(3, 20) * SECOND_NS,
         move_timeout_ns=rng.choice((1, 2, 2)) * SECOND_NS,
+        policy=PolicyName.MIGRATE if limits.migrates else PolicyName.RECOMPUTE,
     )
 
 
@@ -285,7 +310,7 @@ def _draw_arrivals(
             id=RequestId(f"r{number}"),
             prompt_token_ids=prompt,
             params=_draw_params(
-                rng, instance.scheduler.max_model_len, most_tokens=40 if wishes else 24
+                rng, instance.scheduler.max_model_len, most_tokens=40 if limits.has_links else 24
             ),
             arrival_ns=arrival_ns,
         )

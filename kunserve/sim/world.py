@@ -32,6 +32,8 @@ from kunserve.core.events import (
     InstanceLost,
     KillInstance,
     LeaseRequest,
+    LogMigration,
+    LogRedispatch,
     LogTransition,
     NoteDecision,
     RefusalKind,
@@ -42,6 +44,7 @@ from kunserve.core.events import (
     StartInstance,
 )
 from kunserve.core.ids import InstanceId, RequestId
+from kunserve.core.migration import MigrationOrder
 from kunserve.core.transition import PeerAddress, PeerMessage, Prepare, TransitionOrder
 from kunserve.policy.book import InstanceRecord, InstanceState
 from kunserve.policy.controller import Controller
@@ -99,6 +102,10 @@ class Outcome:
     granted_wishes: int = 0
     transitions: dict[str, int] = field(default_factory=dict)
     """Ends of transitions, by outcome."""
+    migrations: dict[str, int] = field(default_factory=dict)
+    """Ends of migrations, by outcome."""
+    redispatched: int = 0
+    """Requests that were taken back from a queue."""
     struck_pulls: int = 0
     """Pulls that a fault of a link has slowed down, held up or ended."""
     swapped_in: int = 0
@@ -187,8 +194,11 @@ class World:
             AnswerWish: lambda command: None,
             LogTransition: self._log,
             NoteDecision: lambda command: None,
+            LogMigration: self._log,
+            LogRedispatch: self._log,
         }
-        self._perform_by_type |= dict.fromkeys(get_args(TransitionOrder), self._send_down)
+        orders = (*get_args(TransitionOrder), *get_args(MigrationOrder))
+        self._perform_by_type |= dict.fromkeys(orders, self._send_down)
         self._perform_by_type[Prepare] = self._prepare
         self._strikes: dict[type, Callable[[SimInstance, Any], None]] = {
             Crash: lambda instance, fault: self.end_by_itself(fault.instance),
@@ -348,6 +358,8 @@ class World:
             commits=self._laws.commits,
             granted_wishes=self._laws.granted,
             transitions=dict(Counter(self._laws.outcomes)),
+            migrations=dict(Counter(self._laws.migration_outcomes)),
+            redispatched=self._laws.redispatched,
             struck_pulls=self._struck_pulls
             + sum(process.instance.pump.struck for process in self._processes.values()),
             swapped_in=self._swapped_in
@@ -419,7 +431,7 @@ class World:
         self._laws.wished(wish)
         self._handle(wish)
 
-    def _log(self, command: LogTransition) -> None:
+    def _log(self, command: LogTransition | LogMigration | LogRedispatch) -> None:
         """A record for the log: the trace has it."""
 
     # ------------------------------------------------------------ processes

@@ -15,7 +15,13 @@ import pytest
 from kunserve.core.ids import RequestId, SlotId
 from kunserve.core.request import FinishReason, Request, SamplingParams, TokenOutput
 from kunserve.worker.engine import Engine
-from tests.support.engines import BLOCK_SIZE, CheckedRun, open_embedded_engine, renew_kv
+from tests.support.engines import (
+    BLOCK_SIZE,
+    CheckedRun,
+    open_copy_thread,
+    open_embedded_engine,
+    renew_kv,
+)
 
 pytestmark = pytest.mark.timeout(300)  # a busy machine is slow, not wrong
 
@@ -135,6 +141,23 @@ def test_preempted_and_computed_again(engine: Engine) -> None:
     assert run.load.preemptions > 2
 
 
+def test_preempted_to_host_memory_and_back(engine: Engine) -> None:
+    """Copies run beside the steps; sometimes the host is full, and steps are cancelled."""
+    renew_kv(engine, {SLOT: 40})
+    with open_copy_thread(engine, host_blocks=16) as copies:
+        run = CheckedRun(
+            engine,
+            max_num_batched_tokens=SMALL_STEP_TOKENS,
+            cancel_before=cancel_every_fifth,
+            copies=copies,
+            host_blocks=16,
+        )
+        some = CHATS[:5]
+        assert_reference_tokens(run.generate(greedy_requests(some, steps_apart=2)), some)
+    assert run.load.swapped_in > 0
+    assert run.load.swap_refused > 0
+
+
 def test_cancelled_and_lost_steps_while_memory_is_short(engine: Engine) -> None:
     renew_kv(engine, {SLOT: 72})
     run = CheckedRun(
@@ -166,3 +189,11 @@ def test_sampled_tokens_and_logprobs_are_the_same_alone_batched_and_preempted(
     tight = CheckedRun(engine, max_num_batched_tokens=SMALL_STEP_TOKENS)
     assert tight.generate(sampled_requests()) == batched
     assert tight.load.preemptions > 0
+
+    renew_kv(engine, {SLOT: 40})
+    with open_copy_thread(engine, host_blocks=200) as copies:
+        swapping = CheckedRun(
+            engine, max_num_batched_tokens=SMALL_STEP_TOKENS, copies=copies, host_blocks=200
+        )
+        assert swapping.generate(sampled_requests()) == batched
+    assert swapping.load.swapped_in == swapping.load.preemptions > 3

@@ -18,7 +18,7 @@ import pytest
 from tests.support.layouts import Layouts
 from tests.support.models import build_tiny_model
 from tests.support.servers import (
-    ADMIN_FLAGS,
+    MANUAL_FLAGS,
     Answer,
     ServerProcess,
     StreamLoad,
@@ -93,7 +93,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cluster(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     flags = ("--instances", "3", "--kv-cache-memory-bytes", "32MiB", "--heartbeat-timeout", "2")
     directory = tmp_path_factory.mktemp("cluster")
-    with running_server(directory, model, *flags, *SLOW_LINK, *ADMIN_FLAGS) as server:
+    with running_server(directory, model, *flags, *SLOW_LINK, *MANUAL_FLAGS) as server:
         yield server
 
 
@@ -168,7 +168,7 @@ def assert_ended(cluster: ServerProcess, fault: Fault) -> None:
 
 
 def test_the_front_is_killed_while_kv_moves(model: Path, tmp_path: Path):
-    flags = ("--instances", "2", "--kv-cache-memory-bytes", "32MiB", *SLOW_LINK, *ADMIN_FLAGS)
+    flags = ("--instances", "2", "--kv-cache-memory-bytes", "32MiB", *SLOW_LINK, *MANUAL_FLAGS)
     with running_server(tmp_path, model, *flags) as server, Layouts(server) as layouts:
         with StreamLoad(server.url, BODIES) as load:
             load.wait_tokens(FEW)

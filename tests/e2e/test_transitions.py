@@ -25,8 +25,8 @@ import pytest
 from tests.support.layouts import Layouts, granted, sampled_pss
 from tests.support.models import build_tiny_model
 from tests.support.servers import (
-    ADMIN_FLAGS,
     ADMIN_KEY,
+    MANUAL_FLAGS,
     Answer,
     ServerProcess,
     StreamLoad,
@@ -248,7 +248,7 @@ def prefix_hits(server: ServerProcess) -> float:
 def test_the_embedded_model(tmp_path: Path, case: Case):
     """16 requests of 160 tokens and some more; memory of all instances together stays what it was
     when the calm run had touched it."""
-    flags = ("--instances", str(case.instances), "--kv-cache-memory-bytes", "80MiB", *ADMIN_FLAGS)
+    flags = ("--instances", str(case.instances), "--kv-cache-memory-bytes", "80MiB", *MANUAL_FLAGS)
     with running_server(tmp_path, None, *flags, *case.flags) as server:
         samples = run_case(server, case, story_bodies(16 + case.extra, case.max_tokens), 320)
     before = samples[0]
@@ -271,7 +271,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tiny_server(directory: Path, model: Path, case: Case, kv_pages: int = 24 * TINY_LAYERS) -> Any:
     flags = (
-        *("--instances", str(case.instances), *ADMIN_FLAGS),
+        *("--instances", str(case.instances), *MANUAL_FLAGS),
         *("--kv-cache-memory-bytes", str(kv_pages * TINY_PAGE_BYTES), *case.flags),
     )
     return running_server(directory, model, *flags, environment=case.environment)

@@ -65,6 +65,8 @@ from kunserve.sim.world import Outcome, World
 NUM_SEEDS = 250
 SEEDS_PER_TEST = 50
 WHOLE_LIMITS = ScenarioLimits()
+SWAP_LIMITS = ScenarioLimits(swaps=True, max_requests=60, max_instances=2)
+SWAP_TRANSITION_LIMITS = replace(TRANSITION_LIMITS, swaps=True)
 ZERO, ONE, TWO = InstanceId(0), InstanceId(1), InstanceId(2)
 
 
@@ -97,6 +99,20 @@ def test_the_laws_hold_for_every_seed(first_seed: int) -> None:
     counted = ("finished", "aborted", "failovers", "preemptions", "killed", "crashed", "drained")
     refusals = set(RefusalKind) - {RefusalKind.FAILED}  # no poison here
     assert all(happened[what] for what in (*counted, *refusals)), happened
+
+
+@pytest.mark.parametrize(("limits", "num_seeds"), [(SWAP_LIMITS, 50), (SWAP_TRANSITION_LIMITS, 15)])
+def test_the_laws_hold_when_requests_are_swapped(limits: ScenarioLimits, num_seeds: int) -> None:
+    happened: Counter[str] = Counter()
+    for seed in range(num_seeds):
+        _, outcome = run_seed(seed, limits)
+        happened["swapped_in"] += outcome.swapped_in
+        happened["recomputed"] += outcome.preemptions > outcome.swapped_in
+        happened["lost"] += outcome.swapped_in > 0 and outcome.lost_instances > 0
+        happened["aborted"] += outcome.swapped_in > 0 and outcome.aborted > 0
+        happened["commits"] += outcome.swapped_in > 0 and outcome.commits > 0
+    assert all(happened[what] for what in ("swapped_in", "recomputed", "lost", "aborted"))
+    assert bool(happened["commits"]) == bool(limits.max_wishes)
 
 
 @pytest.mark.parametrize("limits", [WHOLE_LIMITS, TRANSITION_LIMITS], ids=["whole", "layouts"])
@@ -281,6 +297,29 @@ def test_few_blocks_make_requests_preempt_each_other_without_a_trace_in_their_to
     assert outcome.preemptions > 0
 
 
+def test_with_host_memory_preempted_requests_come_back_from_there() -> None:
+    scenario = make_scenario(requests=8, instances=1)
+    scheduler = replace(scenario.instance.scheduler, host_blocks=100)
+    instance = replace(scenario.instance, kv_pages=3, scheduler=scheduler)
+    _, outcome = run(replace(scenario, instance=instance))
+    assert outcome.finished == 8
+    assert outcome.swapped_in == outcome.preemptions > 0
+
+
+def test_an_instance_that_dies_while_it_swaps_takes_nothing_with_it() -> None:
+    """Its host memory is gone; the front has all tokens. The crash strikes at several moments."""
+    scenario = make_scenario(requests=8, instances=1)
+    scheduler = replace(scenario.instance.scheduler, host_blocks=100)
+    instance = replace(scenario.instance, kv_pages=3, scheduler=scheduler)
+    delays = replace(scenario.delays, copy=SpanNs(5 * MILLISECOND_NS, 5 * MILLISECOND_NS))
+    scenario = replace(scenario, instance=instance, delays=delays)
+    for at_ms in range(1_150, 1_500, 30):
+        crash = Crash(at_ms * MILLISECOND_NS, ZERO)
+        _, outcome = run(replace(scenario, faults=(crash,)))
+        assert (outcome.finished, outcome.lost_instances) == (8, 1)
+        assert outcome.swapped_in > 0
+
+
 def test_clients_that_go_away_leave_nothing_behind() -> None:
     scenario = make_scenario()
     arrivals = (
@@ -365,8 +404,8 @@ class ForgetfulController(Controller):
 class TrustingController(Controller):
     """Blames no request for the end of an instance."""
 
-    def _blamed(self, orphans: list[RequestId]) -> list[RequestId]:
-        return []
+    def _blame(self, orphans: list[RequestId]) -> None:
+        pass
 
 
 class StutteringController(Controller):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import select
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -18,7 +19,9 @@ from kunserve.policy.cost_model import CostModel
 from kunserve.policy.scheduler import SchedulerConfig
 from kunserve.runtime.model_config import load_model_spec
 from kunserve.runtime.model_source import default_cache_dir, resolve_model
+from kunserve.runtime.threads import CopyThread
 from kunserve.worker.engine import Engine
+from kunserve.worker.host_kv import HostKv
 from kunserve.worker.settings import EngineSettings
 
 BLOCK_SIZE = 16
@@ -73,6 +76,15 @@ def renew_kv(engine: Engine, blocks: Mapping[SlotId, int]) -> None:
     memory.map_kv_many(dict.fromkeys(memory.held_layers, range_runs))
 
 
+@contextmanager
+def open_copy_thread(engine: Engine, host_blocks: int) -> Iterator[CopyThread]:
+    """A thread that copies KV of `engine` to host memory and back."""
+    bases = [engine.memory.kv_base(layer) for layer in range(engine.spec.num_layers)]
+    thread = CopyThread(HostKv(host_blocks, engine.plan.geometry.block_bytes, bases))
+    yield thread
+    thread.join()
+
+
 class CheckedRun:
     """A scheduler and an executor on an engine's memory; time is the number of steps so far.
 
@@ -80,6 +92,8 @@ class CheckedRun:
         max_num_batched_tokens: the budget of a step: a small one cuts prompts into many chunks.
         cancel_before: which steps are cancelled between layers, and where.
         is_lost: which steps are cancelled before the executor has seen their plan at all.
+        copies: with host memory of `host_blocks` behind it, where preempted requests are swapped
+            to; every copy is made beside a step.
     """
 
     def __init__(
@@ -90,18 +104,22 @@ class CheckedRun:
         enable_prefix_caching: bool = True,
         cancel_before: CancelBefore = lambda step: None,
         is_lost: Callable[[int], bool] = lambda step: False,
+        copies: CopyThread | None = None,
+        host_blocks: int = 0,
     ) -> None:
         config = SchedulerConfig(
             block_size=BLOCK_SIZE,
             max_model_len=engine.settings.max_model_len,
             max_num_batched_tokens=max_num_batched_tokens,
             enable_prefix_caching=enable_prefix_caching,
+            host_blocks=host_blocks,
         )
         self._memory = engine.memory
         self._scheduler = engine.make_scheduler(config, _UNUSED_COSTS, Epoch(0))
         self._executor = engine.make_executor()
         self._cancel_before = cancel_before
         self._is_lost = is_lost
+        self._copies = copies
         self._now = 0
         self.cancelled_steps = 0
         self.mixed_steps = 0
@@ -130,17 +148,35 @@ class CheckedRun:
     def _step(self) -> tuple[TokenOutput, ...]:
         step, self._now = self._now, self._now + 1
         plan = self._scheduler.schedule(step)
-        if plan is None:
-            assert not self._scheduler.has_work(), "work is left but nothing was scheduled"
-            return ()
         self._scheduler.check()
+        orders = self._begin_copies()
+        if plan is None:
+            assert orders or not self._scheduler.has_work(), "work is left, but no step is planned"
+            self._end_copies(orders)
+            return ()
         result = self._execute(plan, step)
+        self._end_copies(orders)
         outputs = self._scheduler.update(plan, result, step)
         self._scheduler.check()
         self._memory.check()
         self.cancelled_steps += result.cancelled
         self.mixed_steps += len({len(chunk.token_ids) == 1 for chunk in plan.chunks}) == 2
         return outputs
+
+    def _begin_copies(self) -> int:
+        orders = self._scheduler.take_copies()
+        for order in orders:
+            assert self._copies is not None
+            self._copies.submit(order)
+        return len(orders)
+
+    def _end_copies(self, orders: int) -> None:
+        while orders:
+            assert self._copies is not None
+            select.select([self._copies.wake_fd], [], [])
+            for transfer in self._copies.answers():
+                self._scheduler.copied(transfer)
+                orders -= 1
 
     def _execute(self, plan: StepPlan, step: int) -> StepResult:
         if self._is_lost(step):

@@ -30,6 +30,8 @@ TINY_FLAGS = ("--threads-per-instance", "1", "--kv-cache-memory-bytes", "8MiB")
 
 ADMIN_KEY = "admin-secret"
 ADMIN_FLAGS = ("--admin-port", "0", "--admin-key", ADMIN_KEY)
+MANUAL_FLAGS = (*ADMIN_FLAGS, "--no-drop")
+"""Nobody but the test changes the layout."""
 
 _SERVING = re.compile(r"serving on (http://\S+)")
 _ADMIN = re.compile(r"admin API on (http://\S+)")
@@ -122,15 +124,30 @@ class ServerProcess:
 
     def metrics(self, key: str | None = None) -> dict[tuple[str, str], float]:
         """Metrics as (name without prefix, engine or ""): value, summed over other labels."""
+        values: dict[tuple[str, str], float] = {}
+        for name, labels, value in self._samples(key):
+            engine = re.search(r'engine="(\d+)"', labels)
+            where = (name, engine.group(1) if engine else "")
+            values[where] = values.get(where, 0.0) + value
+        return values
+
+    def count(self, metric: str, **labels: str) -> float:
+        """A metric of this name without prefix, summed over samples that have these labels."""
+        wanted = [f'{label}="{value}"' for label, value in labels.items()]
+        return sum(
+            value
+            for name, given, value in self._samples()
+            if name == metric and all(text in given for text in wanted)
+        )
+
+    def _samples(self, key: str | None = None) -> list[tuple[str, str, float]]:
         headers = {"authorization": f"Bearer {key}"} if key else {}
         response = httpx.get(self.url + "/metrics", timeout=DEADLINE_S, headers=headers)
         response.raise_for_status()
-        values: dict[tuple[str, str], float] = {}
-        for name, labels, value in _SAMPLE.findall(response.text):
-            engine = re.search(r'engine="(\d+)"', labels)
-            where = (name.removeprefix("kunserve:"), engine.group(1) if engine else "")
-            values[where] = values.get(where, 0.0) + float(value)
-        return values
+        return [
+            (name.removeprefix("kunserve:"), labels, float(value))
+            for name, labels, value in _SAMPLE.findall(response.text)
+        ]
 
     def wait_idle(self, key: str | None = None) -> None:
         """Poll /metrics until the front owns no request, none runs or waits and no block is in

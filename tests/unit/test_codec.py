@@ -18,6 +18,7 @@ from kunserve.core.events import (
     RevokeLease,
     StepTiming,
 )
+from kunserve.core.migration import MigrationOrder, MigrationReport
 from kunserve.core.request import (
     FinishReason,
     Request,
@@ -106,7 +107,13 @@ st.register_type_strategy(int, counts)
 st.register_type_strategy(str, texts)
 st.register_type_strategy(float, finite)
 st.register_type_strategy(Request, requests)
-for message_type in (InstanceReady, *get_args(TransitionOrder), *get_args(TransitionReport)):
+for message_type in (
+    InstanceReady,
+    *get_args(TransitionOrder),
+    *get_args(TransitionReport),
+    *get_args(MigrationOrder),
+    *get_args(MigrationReport),
+):
     SAMPLES[message_type] = st.from_type(message_type)
 messages = st.one_of(list(SAMPLES.values()))
 

@@ -9,6 +9,7 @@ from kunserve.config import ServeConfig
 from kunserve.policy.transition import as_mermaid
 from kunserve.server.engine import EngineStatus
 from kunserve.server.metrics import ServerMetrics
+from kunserve.server.settings import Slo
 
 REPOSITORY = Path(__file__).parents[2]
 OPERATIONS = (REPOSITORY / "docs" / "operations.md").read_text(encoding="utf-8")
@@ -38,7 +39,7 @@ def test_every_flag_is_in_the_operations_page() -> None:
 
 
 def test_every_metric_is_in_the_operations_page() -> None:
-    metrics = ServerMetrics(IdleEngine(), "m")  # type: ignore[arg-type]
+    metrics = ServerMetrics(IdleEngine(), "m", Slo())  # type: ignore[arg-type]
     exported = re.findall(r"^# TYPE kunserve:(\w+) \w+$", metrics.render().decode(), re.MULTILINE)
     names = [name for name in exported if not name.endswith("_created")]
     assert names

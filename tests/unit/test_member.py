@@ -14,6 +14,7 @@ from kunserve.core.actions import (
     Computed,
     Configure,
     Connect,
+    CopyKv,
     LoadPart,
     RunFirst,
     RunHead,
@@ -63,7 +64,7 @@ from kunserve.policy.cost_model import CostModel
 from kunserve.policy.member import Member, MemberConfig
 from kunserve.policy.memory import MemoryBook
 from kunserve.policy.scheduler import SchedulerConfig
-from kunserve.sim.instance import SimInstanceConfig
+from kunserve.sim.instance import BLOCK_BYTES, SimInstanceConfig
 from kunserve.sim.memory import PhysicalPages, TableMapper
 
 ZERO, ONE, GROUP, EPOCH = InstanceId(0), InstanceId(1), GroupId(5), Epoch(2)
@@ -462,4 +463,117 @@ def test_a_reset_makes_it_whole_again() -> None:
     member.take(FormGroup(ONE, GroupId(6), Epoch(8)), 0)
     assert not member.is_changing
     assert report_of(member.turn(0)).load.total_blocks == 16
+    member.check()
+
+
+# ---------------------------------------------------------------- host memory
+
+
+def swapping_member() -> tuple[Member, CopyKv, RunFirst]:
+    """B is on its way to host memory while a step computes A."""
+    mapper = TableMapper(PhysicalPages(CONFIG.memory_plan.num_pages, 2, 4), 4)
+    memory = MemoryBook(CONFIG.memory_plan, SLOTS, SlotId(1), mapper, poison=True)
+    scheduler = replace(CONFIG.scheduler, max_model_len=64, host_blocks=16)
+    config = MemberConfig(ONE, 3, 4, scheduler)
+    member = Member(config, CONFIG.cost_model, memory, lambda: InstanceReady(ONE, 3, 16))
+    member.take(FormGroup(ONE, GROUP, EPOCH), 0)
+    for name in (A, B):
+        params = SamplingParams(max_tokens=40, seed=0)
+        request = Request(name, (ord(name), *range(19)), params, arrival_ns=ord(name))
+        member.take(LeaseRequest(ONE, GROUP, EPOCH, request), 0)
+    while True:
+        actions = member.turn(0)
+        copies = [action for action in actions if isinstance(action, CopyKv)]
+        if copies:
+            return member, copies[0], work_of(actions)
+        member.computed(sampled(work_of(actions)), 0)
+
+
+def sampled(work: RunFirst) -> Computed:
+    """`done` for plans in which not every chunk samples."""
+    tokens = tuple(
+        SampledToken(chunk.request_id, chunk.output_index, 7)
+        for chunk in work.plan.chunks
+        if chunk.samples
+    )
+    return Computed(work, StepResult(work.plan.epoch, work.plan.step, tokens))
+
+
+def copies_of(actions: list[Action]) -> list[CopyKv]:
+    return [action for action in actions if isinstance(action, CopyKv)]
+
+
+def test_a_copy_runs_beside_a_step_and_is_reported_when_it_has_ended() -> None:
+    member, order, work = swapping_member()
+    assert (order.to_host, [c.request_id for c in work.plan.chunks]) == (True, [A])
+    member.copied(order.transfer, 0)
+    with pytest.raises(AccountingError, match="none was under way"):
+        member.copied(order.transfer, 0)
+    member.computed(sampled(work), 0)
+    load = report_of(member.turn(0)).load
+    assert (load.num_running, load.num_waiting, load.swapped_out) == (1, 1, 1)
+    assert load.swap_bytes == len(order.blocks) * 4 * BLOCK_BYTES
+    member.check()
+
+
+@pytest.mark.parametrize("copy_ends_first", [True, False])
+def test_a_fence_is_answered_when_no_copy_is_under_way(copy_ends_first: bool) -> None:
+    member, order, work = swapping_member()
+    member.take(FENCE, 0)
+    member.turn(0)
+    cancelled = Computed(work, StepResult(EPOCH, work.plan.step, (), cancelled=True))
+    ends = [lambda: member.computed(cancelled, 0), lambda: member.copied(order.transfer, 0)]
+    first, second = reversed(ends) if copy_ends_first else ends
+    first()
+    assert not [m for m in said(member.turn(0)) if isinstance(m, Fenced)]
+    second()
+    (fenced,) = [m for m in said(member.turn(0)) if isinstance(m, Fenced)]
+    a, b = fenced.requests
+    assert a.computed_tokens > 20
+    assert (b.computed_tokens, b.block_table) == (0, ())
+    member.check()
+
+
+def test_after_a_fence_was_taken_back_no_copy_begins_beside_the_cancelled_step() -> None:
+    """It may still write to blocks that somebody else has by now."""
+    member, order, work = swapping_member()
+    member.take(FENCE, 0)
+    member.take(Abort(ONE, T, ()), 0)
+    member.take(RevokeLease(ONE, GROUP, EPOCH, A), 0)  # so that B may come back at once
+    member.copied(order.transfer, 0)
+    actions = member.turn(0)
+    assert Aborted(ONE, 3, T) in said(actions)
+    assert not copies_of(actions)
+    member.computed(Computed(work, StepResult(EPOCH, work.plan.step, (), cancelled=True)), 0)
+    (back,) = copies_of(member.turn(0))
+    assert not back.to_host
+    member.copied(back.transfer, 0)
+    (chunk,) = work_of(member.turn(0)).plan.chunks
+    assert (chunk.request_id, -(-chunk.context_len // 4)) == (B, len(order.blocks))
+    member.check()
+
+
+def test_a_reset_waits_for_copies() -> None:
+    member, order, work = swapping_member()
+    member.take(Reset(ONE, 3), 0)
+    member.computed(Computed(work, StepResult(EPOCH, work.plan.step, (), cancelled=True)), 0)
+    assert not said(member.turn(0))
+    member.copied(order.transfer, 0)
+    assert said(member.turn(0)) == [InstanceReady(ONE, 3, 16)]
+    member.take(FormGroup(ONE, GroupId(6), Epoch(8)), 0)
+    assert report_of(member.turn(0)).load.swapped_out == 0
+    member.check()
+
+
+def test_a_ring_does_not_swap() -> None:
+    member, order, work = swapping_member()
+    member.take(FENCE, 0)
+    member.computed(sampled(work), 0)
+    member.copied(order.transfer, 0)
+    member.turn(0)
+    member.take(Remap(ONE, T, two(ONE), (), (PageRun(OWN, 8),), 0, ()), 0)
+    member.take(adopt(tuple(AdoptedRequest(lease(r).request, 0, ()) for r in (A, B))), 0)
+    member.turn(0)
+    member.take(RevokeLease(ONE, GROUP, Epoch(7), A), 0)
+    assert not copies_of(member.turn(0))
     member.check()

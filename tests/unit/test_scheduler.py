@@ -36,6 +36,9 @@ EOS, STOP, VOCAB_SIZE = 0, 1, 13
 # A token costs 1 ms, a decode with its row 2 ms, a step 4 ms.
 COST_MODEL = CostModel(alpha_ns=0.0, delta_ns=0.0, beta_ns=1e6, gamma_ns=4e6, head_ns=1e6)
 
+NEVER_WRITTEN = 0xDEAD
+"""What KV reads as that no step has computed: it changes the tokens."""
+
 # ---------------------------------------------------------------- a model of numbers
 
 
@@ -103,8 +106,9 @@ class Executor:
         for chunk in plan.chunks[:cancel_after]:
             kv = self.compute(chunk)
             if chunk.samples and cancel_after is None:
-                assert self.outputs[chunk.request_id] == chunk.output_index
-                self.outputs[chunk.request_id] += 1
+                # More than that: a row that counted for nothing was sampled before.
+                assert self.outputs[chunk.request_id] >= chunk.output_index
+                self.outputs[chunk.request_id] = chunk.output_index + 1
                 token_id = sample(kv, chunk.output_index)
                 tokens.append(SampledToken(chunk.request_id, chunk.output_index, token_id))
         cancelled = cancel_after is not None
@@ -123,7 +127,7 @@ class Executor:
             (chunk.block_table[position // self.block_size], position % self.block_size)
             for position in range(chunk.context_len + len(chunk.token_ids))
         ]
-        kv = [self.memory[place] for place in places[: chunk.context_len]]
+        kv = [self.memory.get(place, NEVER_WRITTEN) for place in places[: chunk.context_len]]
         for token_id, place in zip(chunk.token_ids, places[chunk.context_len :], strict=True):
             self.memory[place] = kv_of(token_id, kv)
             kv.append(self.memory[place])
@@ -876,6 +880,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         stages=st.sampled_from([1, 1, 1, 2, 3]),
         order=st.sampled_from(BatchOrder),
         batching=st.sampled_from(Batching),
+        chained=st.booleans(),
     )
     def build(
         self,
@@ -889,6 +894,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         stages: int,
         order: BatchOrder,
         batching: Batching,
+        chained: bool,
     ) -> None:
         self.config = SchedulerConfig(
             block_size=block_size,
@@ -902,6 +908,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             num_stages=stages,
             batch_order=order,
             batching=batching,
+            chain_chunks=chained,
         )
         num_blocks = max(2, capacity_tokens // block_size)
         self.pool = BlockPool(1024, 4, {SlotId(0): num_blocks - 2, SlotId(3): 2})
@@ -988,8 +995,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget = self.config.max_num_batched_tokens
         assert budget is None or plan.num_tokens <= budget
         assert self.scheduler.load().num_running <= self.max_running()
-        in_flight = [chunk.request_id for flight in self.flights for chunk in flight.chunks]
-        assert len(in_flight) == len(set(in_flight)), "a request is in two microbatches"
+        self.check_chains()
+
+    def check_chains(self) -> None:
+        """A request is in one microbatch, or its chunks follow each other."""
+        reached: dict[RequestId, int] = {}
+        for chunk in (chunk for flight in self.flights for chunk in flight.chunks):
+            follows = chunk.request_id in reached
+            assert self.config.chain_chunks or not follows
+            assert reached.get(chunk.request_id, chunk.context_len) == chunk.context_len
+            is_last = chunk.samples
+            reached[chunk.request_id] = -1 if is_last else chunk.context_len + len(chunk.token_ids)
 
     def max_running(self) -> int:
         return self.config.max_num_seqs
@@ -1037,7 +1053,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         used = self.pool.total_blocks - self.pool.available_blocks
         assert used == self.pool.referenced_blocks
         assert load.total_blocks == self.pool.open_blocks
-        assert self.scheduler.has_work() == bool(self.expected or self.flights)
+        is_busy = self.scheduler.is_copying or self.flights  # maybe for an aborted request
+        assert self.scheduler.has_work() == bool(self.expected or is_busy)
 
     def teardown(self) -> None:
         """Everything that is left runs to its end, and everything is given back."""

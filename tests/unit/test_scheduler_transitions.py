@@ -732,6 +732,7 @@ class TransitionMachine(SchedulerMachine):
         stages=st.sampled_from([1, 2, 3]),
         order=st.sampled_from(BatchOrder),
         batching=st.sampled_from(Batching),
+        chained=st.booleans(),
         max_moves=st.sampled_from([1, 2, 64]),
     )
     def build(self, max_moves: int, **limits: object) -> None:  # type: ignore[override]

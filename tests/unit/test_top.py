@@ -309,6 +309,21 @@ def test_rates_are_those_of_the_interval():
     )
 
 
+def test_attainment_is_shown_where_something_is_promised():
+    def ended(at_s: float, answers: float, attained: float) -> Snapshot:
+        return snapshot(
+            at_s,
+            slo_ttft_seconds=0.5,
+            slo_tpot_seconds=0.0,
+            e2e_request_latency_seconds_count=answers,
+            slo_attained_requests_total=attained,
+        )
+
+    assert "TTFT -, SLO 75%" in traffic(ended(10, 10, 10), ended(12, 18, 16))
+    assert "TTFT -, SLO -  |" in traffic(ended(10, 10, 10), ended(12, 10, 10))
+    assert "SLO" not in traffic(snapshot(10), snapshot(12))
+
+
 def test_a_server_that_was_started_again_counts_from_zero():
     line = traffic(counts(10, 1000, 10, 5.0, 9), counts(12, 300, 2, 1.0, 1))
     assert "150.0 tokens/s out" in line

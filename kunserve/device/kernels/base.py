@@ -159,6 +159,10 @@ class Kernels(Protocol):
     def pack_width(self) -> int:
         """Output features of one panel of a packed linear."""
 
+    @property
+    def identity(self) -> str:
+        """Backend, instruction set and build: with equal ones the same call does the same work."""
+
     def close(self) -> None:
         """Ends the threads and frees the workspace; later calls raise. Closing twice is allowed."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import math
 import weakref
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -143,6 +144,11 @@ def _load_library() -> ctypes.CDLL:
     return library
 
 
+@functools.cache
+def _build() -> str:
+    return hashlib.sha256(_library_path().read_bytes()).hexdigest()[:16]
+
+
 def supported_isas() -> tuple[str, ...]:
     """The instruction sets that this CPU has kernels for, the fastest last.
 
@@ -208,6 +214,11 @@ class CpuKernels:
     def isa(self) -> str:
         """The instruction set in use."""
         return self._isa
+
+    @property
+    def identity(self) -> str:
+        """The backend, the instruction set and a digest of the library."""
+        return f"cpu {self._isa} {_build()}"
 
     @property
     def pack_width(self) -> int:
