@@ -321,7 +321,7 @@ def scenario_json(scenario: Scenario) -> dict[str, Any]:
         "instances": figures.num_instances,
         "whole_tokens": figures.whole_tokens,
         "merged_tokens": figures.merged_tokens,
-        "costs_ns": list(figures.costs_ns),
+        "costs": list(figures.costs),
         "slowdown": figures.slowdown,
         "lengths": scenario.lengths,
         "height": str(options.height),

@@ -131,8 +131,8 @@ async def calibrate(server: BenchServer, options: LoadOptions) -> ClusterFigures
         BenchError: a request failed, or the instances do not merge.
     """
     whole = await server.layout()
-    costs_ns = _mean_costs(whole)
-    slowdown = await _measure_slowdown(server, options, costs_ns, len(whole.instances))
+    costs = _mean_costs(whole)
+    slowdown = await _measure_slowdown(server, options, costs, len(whole.instances))
     await server.idle()
     await server.change("drop")
     merged = await server.layout()
@@ -140,13 +140,13 @@ async def calibrate(server: BenchServer, options: LoadOptions) -> ClusterFigures
         num_instances=len(whole.instances),
         whole_tokens=sum(group.kv_tokens for group in whole.groups),
         merged_tokens=sum(group.kv_tokens for group in merged.groups),
-        costs_ns=costs_ns,
+        costs=costs,
         slowdown=slowdown,
     )
 
 
 async def _measure_slowdown(
-    server: BenchServer, options: LoadOptions, costs_ns: tuple[float, ...], num_instances: int
+    server: BenchServer, options: LoadOptions, costs: tuple[float, ...], num_instances: int
 ) -> float:
     """The median gap of streams that all decode, over what the cost model says of such a step; 1 at
     least."""
@@ -162,17 +162,17 @@ async def _measure_slowdown(
         for before, after in itertools.pairwise(record.token_ns[PROBE_OUTPUT_TOKENS // 4 :])
     ]
     context = PROBE_PROMPT_TOKENS + PROBE_OUTPUT_TOKENS // 2
-    step_ns = CostModel(*costs_ns).step_ns([ChunkShape(context, 1, True)] * PROBE_BATCH)
+    step_ns = CostModel(*costs).step_ns([ChunkShape(context, 1, True)] * PROBE_BATCH)
     return max(1.0, statistics.median(gaps_ns) / step_ns)
 
 
 def _mean_costs(layout: LayoutInfo) -> tuple[float, ...]:
     """Every instance fits its own constants; on one machine they differ by noise."""
-    columns = zip(*(instance.costs_ns for instance in layout.instances), strict=True)
-    costs_ns = tuple(sum(column) / len(column) for column in columns)
-    if not costs_ns:
+    columns = zip(*(instance.costs for instance in layout.instances), strict=True)
+    costs = tuple(sum(column) / len(column) for column in columns)
+    if not costs:
         raise BenchError("the server does not say what its steps cost")
-    return costs_ns
+    return costs
 
 
 # ---------------------------------------------------------------- sampling

@@ -59,19 +59,19 @@ _HEIGHT = re.compile(r"(\d{1,3}(?:\.\d{1,4})?)x-(whole|merged)")
 @dataclass(frozen=True)
 class ClusterFigures:
     """What the rule needs to know of a cluster. Tokens of KVCache: of all whole instances, and of
-    the group that they merge to. `costs_ns`: constants of the cost model of a whole instance;
+    the group that they merge to. `costs`: constants of the cost model of a whole instance;
     `slowdown`: how many times as long a step takes when its tokens are served."""
 
     num_instances: int
     whole_tokens: int
     merged_tokens: int
-    costs_ns: tuple[float, ...]
+    costs: tuple[float, ...]
     slowdown: float = 1.0
 
     @property
     def cost(self) -> CostModel:
         """Costs of a step while tokens are served."""
-        return CostModel(*(cost_ns * self.slowdown for cost_ns in self.costs_ns))
+        return CostModel(*self.costs).scaled(self.slowdown)
 
 
 @dataclass(frozen=True)
