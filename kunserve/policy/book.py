@@ -150,10 +150,14 @@ class GroupRecord:
 
     def lease(self, request_id: RequestId, needed_blocks: int) -> None:
         """A lease is sent; the scheduler has not seen it yet."""
+        self.expect(needed_blocks)
+        self.requests.add(request_id)
+
+    def expect(self, needed_blocks: int) -> None:
+        """Something is sent that counts as a lease, and needs blocks."""
         self.leases_sent += 1
         self.unseen.append((self.leases_sent, needed_blocks))
         self.unseen_blocks += needed_blocks
-        self.requests.add(request_id)
 
     def see(self, load: GroupLoad) -> None:
         """The scheduler's newest report: leases that it has seen are in its own figures."""

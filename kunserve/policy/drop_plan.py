@@ -32,7 +32,6 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import reduce
 from heapq import heapify, heappop, heappush
 from itertools import chain
 from typing import NamedTuple
@@ -138,6 +137,11 @@ def _unite(one: _United, other: _United) -> _United:
     return _United(wholes_blocks, one.groups + other.groups, one.size + other.size)
 
 
+def _totals(sets: Sequence[_United]) -> tuple[int, int]:
+    """Free after demand if all instances were whole, and how many these are."""
+    return sum(united.wholes_blocks for united in sets), sum(united.size for united in sets)
+
+
 class _Order(Enum):
     """Whose turn it is to merge. The first leaves less lacking where not all can fit, the second
     makes smaller groups where all can; neither is best for all, so that both are tried."""
@@ -170,7 +174,7 @@ class _DomainPlanner:
         short = [group for group in groups if self.room_blocks(group) < 0]
         partners = [group for group in groups if self.room_blocks(group) >= 0]
         partners.sort(key=lambda group: (-group.wholes_blocks, group.groups))
-        taken = self._fewest(reduce(_unite, short), partners)
+        taken = self._fewest(short, partners)
         while taken is not None:
             merged = self._smallest_groups([*short, *taken])
             left = [partner for partner in partners if partner not in taken]
@@ -190,7 +194,9 @@ class _DomainPlanner:
 
     # ------------------------------------------------------------ who
 
-    def _fewest(self, short: _United, partners: Sequence[_United]) -> tuple[_United, ...] | None:
+    def _fewest(
+        self, short: Sequence[_United], partners: Sequence[_United]
+    ) -> tuple[_United, ...] | None:
         """Partners with the fewest instances that let `short` fit as one group with them, of
         equally many those with most room; None where even all do not.
 
@@ -203,8 +209,9 @@ class _DomainPlanner:
                 known = best.get(size + partner.size)
                 if known is None or known[0] < more_blocks:
                     best[size + partner.size] = (more_blocks, (*taken, partner))
+        short_blocks, short_size = _totals(short)
         for size, (blocks, taken) in sorted(best.items()):
-            if short.wholes_blocks + blocks + self._gains[short.size + size] >= 0:
+            if short_blocks + blocks + self._gains[short_size + size] >= 0:
                 return taken
         return None
 
@@ -213,9 +220,11 @@ class _DomainPlanner:
     def _smallest_groups(self, chosen: Sequence[_United]) -> list[_United] | None:
         """`chosen` merged so that all have room, the largest group as small as is found; None where
         none within `max_group_size` is."""
-        whole = reduce(_unite, chosen)
-        for limit in range(2, min(whole.size, self._max_size) + 1):
-            if not self._may_fit(whole, limit):
+        blocks, size = _totals(chosen)
+        for limit in range(2, min(size, self._max_size) + 1):
+            # The most that groups of so many instances free.
+            full, rest = divmod(size, limit)
+            if blocks + full * self._gains[limit] + self._gains[rest] < 0:
                 continue
             for order in self._orders(chosen, limit):
                 merged = self._merge(chosen, limit, order, must_fit=True)
@@ -227,11 +236,6 @@ class _DomainPlanner:
         """One will do where all that can merge are of one size, or all become one group."""
         is_one = limit == 2 or sum(group.size for group in groups) <= limit
         return _ORDERS[:1] if is_one else _ORDERS
-
-    def _may_fit(self, whole: _United, limit: int) -> bool:
-        """False where even the most that groups of `limit` instances free is too little."""
-        full, rest = divmod(whole.size, limit)
-        return whole.wholes_blocks + full * self._gains[limit] + self._gains[rest] >= 0
 
     def _merge(
         self, groups: Sequence[_United], limit: int, order: _Order, must_fit: bool

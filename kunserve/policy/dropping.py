@@ -45,7 +45,8 @@ from kunserve.policy.pages import MAX_SLOTS
 from kunserve.policy.planner import TransitionKind, Wish, next_step
 
 EVALUATE_NS = 100_000_000
-"""An estimate costs milliseconds: not more often than this."""
+"""An estimate costs milliseconds: not more often than this, for so many groups."""
+GROUPS_PER_LOOK = 4
 
 CONFIRM_NS = 150_000_000
 """So long overload must be imminent before it is acted on; one that is reached is at once."""
@@ -163,9 +164,8 @@ class DroppingGovernor(Governor):
     def reported(self, group: GroupRecord, now_ns: int) -> Commands:
         """Look at the group's demand; O(1) unless it is too much."""
         pressure = self._observe(group, now_ns)
-        if pressure.is_imminent and now_ns >= self._next_look_ns:
-            self._next_look_ns = now_ns + EVALUATE_NS
-            yield from self._look(now_ns)
+        if pressure.is_imminent:
+            yield from self._look_if_due(now_ns)
 
     def _observe(self, group: GroupRecord, now_ns: int) -> Pressure:
         known = self._monitors.get(group.id)
@@ -189,9 +189,7 @@ class DroppingGovernor(Governor):
         if not any(pressure.is_reached for pressure in pressures):
             yield from self._note_shortage(0, now_ns)
         if any(pressure.is_imminent for pressure in pressures):
-            if now_ns >= self._next_look_ns:
-                self._next_look_ns = now_ns + EVALUATE_NS
-                yield from self._look(now_ns)
+            yield from self._look_if_due(now_ns)
         elif self._may_restore(now_ns):
             yield from self._consider_restore(now_ns)
 
@@ -221,6 +219,13 @@ class DroppingGovernor(Governor):
             self._pressures.pop(gone, None)
 
     # ------------------------------------------------------------ dropping
+
+    def _look_if_due(self, now_ns: int) -> Commands:
+        """A look costs milliseconds for each group: the more there are, the rarer."""
+        if now_ns >= self._next_look_ns:
+            groups = len(self._book.groups)
+            self._next_look_ns = now_ns + EVALUATE_NS * max(1, groups // GROUPS_PER_LOOK)
+            yield from self._look(now_ns)
 
     def _look(self, now_ns: int) -> Commands:
         """Demand exceeds capacity somewhere, or will soon."""

@@ -25,6 +25,7 @@ from kunserve.policy.cost_model import CostModel
 
 LONGEST_QUANTUM_NS = 100_000_000
 SHORTEST_QUANTUM_NS = 20_000_000
+CONTEXT_STEP = 16
 MOST_STEP_TOKENS = 4096
 """No step is expected to take more."""
 
@@ -218,6 +219,7 @@ class _Fluid:
         self._memory_ns = self._compute_ns = self._decode_ns = self._present_ns = 0.0
         self._requests = self._attained = self._finished = self._beats = 0
         self._peak = self._held
+        self._paces: dict[tuple[bool, int, int], tuple[float, int]] = {}
 
     @property
     def mean_context(self) -> float:
@@ -276,12 +278,9 @@ class _Fluid:
             self._prompts.append(_Prompt(request, request.known_tokens))
 
     def _compute(self, now_ns: float, quantum_ns: int) -> None:
-        mean = self.mean_context
+        round_ns, tokens = self._pace()
         if self._prompts:
-            round_ns, tokens = self._plant.pace.mixed(self._count, mean)
             self._prefill(tokens * quantum_ns / round_ns, now_ns + quantum_ns / 2, round_ns)
-        else:
-            round_ns = self._plant.pace.decode_ns(self._count, mean)
         if self._count:
             self._beats += 1
             self._decode_ns += round_ns
@@ -289,6 +288,21 @@ class _Fluid:
             self._clock += steps
             self._held += self._count * steps
             self._context += self._count * steps
+
+    def _pace(self) -> tuple[float, int]:
+        """(time, prompt tokens) of a round now; contexts are rounded, so that it is looked up more
+        often than computed."""
+        context = int(self.mean_context) // CONTEXT_STEP * CONTEXT_STEP
+        key = (bool(self._prompts), self._count, context)
+        known = self._paces.get(key)
+        if known is None:
+            pace = self._plant.pace
+            if self._prompts:
+                known = pace.mixed(self._count, context)
+            else:
+                known = (pace.decode_ns(self._count, context), 0)
+            self._paces[key] = known
+        return known
 
     def _prefill(self, tokens: float, now_ns: float, round_ns: float) -> None:
         while self._prompts and tokens > 0.0:

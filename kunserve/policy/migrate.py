@@ -189,7 +189,7 @@ class MigrateGovernor(Governor):
         return is_whole and not group.is_frozen and record.state is InstanceState.READY
 
     def _room(self, group: GroupRecord) -> InstanceRoom:
-        load, coming = group.load, sum(blocks for _, blocks in group.unseen)
+        load, coming = group.load, group.unseen_blocks
         if load is None:
             return InstanceRoom(group.id, group.total_blocks, group.total_blocks - coming, 0, 0, 0)
         return InstanceRoom(
@@ -313,8 +313,7 @@ class MigrateGovernor(Governor):
         reserved = self._blocks_for(_known_tokens(request)) + 1
         if migration.stages == 1:
             group = self._book.groups[target.group]
-            group.leases_sent += 1
-            group.unseen.append((group.leases_sent, reserved))
+            group.expect(reserved)
         yield PullBlocks(
             instance=target.instance,
             migration=migration.id,

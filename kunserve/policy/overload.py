@@ -36,8 +36,7 @@ FEWEST_LENGTHS = 8
 def demand_blocks(record: GroupRecord) -> int:
     """KV that a group's running requests hold and its queued ones need, with leases that are still
     on the way."""
-    load = record.load
-    on_the_way = sum(blocks for _, blocks in record.unseen)
+    load, on_the_way = record.load, record.unseen_blocks
     if load is None:
         return on_the_way
     return load.total_blocks - load.available_blocks + load.queued_blocks + on_the_way

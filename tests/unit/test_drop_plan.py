@@ -247,3 +247,26 @@ def test_a_number_is_the_gain_of_every_copy(
     groups: list[GroupDemand], copy: int, limit: int
 ) -> None:
     assert plan_drop(groups, copy, limit) == plan_drop(groups, lambda n: copy * (n - 1), limit)
+
+
+@given(clusters(), st.lists(st.integers(-20, 40), min_size=16, max_size=16), limits)
+@SETTINGS
+def test_a_gain_of_any_shape_is_counted_right(
+    groups: list[GroupDemand], more: list[int], limit: int
+) -> None:
+    """As real splits have it, which give a little more or less than a copy."""
+
+    def gain_blocks(size: int) -> int:
+        return sum(more[1:size])
+
+    def room(members: Sequence[GroupDemand]) -> int:
+        """As wholes, and then as one group."""
+        free = sum(m.capacity_blocks - m.demand_blocks for m in members)
+        apart = sum(gain_blocks(len(member.instances)) for member in members)
+        return free - apart + gain_blocks(num_instances(members))
+
+    found = plan_drop(groups, gain_blocks, limit)
+    sets = as_sets(groups, found)
+    assert found.lacking_blocks == sum(max(0, -room(members)) for members in sets)
+    assert found.lacking_blocks <= sum(max(0, -room([one])) for one in groups)
+    assert all(num_instances(members) <= limit for members in sets if len(members) > 1)

@@ -16,6 +16,7 @@ from hypothesis.stateful import initialize, invariant, precondition, rule
 from kunserve.core.actions import CopyKv
 from kunserve.core.errors import AccountingError, ConfigError
 from kunserve.core.ids import BlockId, HostBlock, RequestId
+from kunserve.core.policy import Batching, BatchOrder
 from kunserve.core.step import StepPlan
 from kunserve.core.transition import Home
 from kunserve.policy.scheduler import Scheduler
@@ -330,9 +331,11 @@ class SwapMachine(SchedulerMachine):
         max_num_seqs=st.sampled_from([2, 3, 5, 8, 8]),
         caching=st.booleans(),
         watermark=st.sampled_from([0.0, 0.2]),
+        order=st.sampled_from(BatchOrder),
     )
     def build(self, host_blocks: int, **limits: object) -> None:  # type: ignore[override]
-        super().build(target_ms=20, stages=1, **limits)  # type: ignore[arg-type]
+        ring = {"stages": 1, "batching": Batching.TOKEN_COUNT, "chained": False}
+        super().build(target_ms=20, **ring, **limits)  # type: ignore[arg-type]
         self.config = replace(self.config, host_blocks=host_blocks)
         self.scheduler = Scheduler(self.config, self.pool, COST_MODEL, EPOCH)
         self.host = HostMemory(self.executor)
