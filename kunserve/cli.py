@@ -1,5 +1,6 @@
-"""The command line: `kunserve serve`, `kunserve top`, `kunserve demo`, `kunserve bench engine`,
-`kunserve bench serve`, `kunserve bench transition`, `kunserve bench pipeline`."""
+"""The command line: `kunserve serve`, `kunserve top`, `kunserve demo`, `kunserve profile`,
+`kunserve bench engine`, `kunserve bench serve`, `kunserve bench transition`,
+`kunserve bench pipeline`."""
 
 from __future__ import annotations
 
@@ -46,6 +47,9 @@ COMMANDS = (
     Command(("serve",), "kunserve.server.command", "serve a model over HTTP (OpenAI's API)"),
     Command(("top",), "kunserve.server.top", "watch a running server in the terminal"),
     Command(("demo",), "kunserve.bench.demo", "serve the embedded model and show that it works"),
+    Command(
+        ("profile",), "kunserve.bench.profile", "measure what steps cost here and store the fit"
+    ),
     Command(
         ("bench", "engine"),
         "kunserve.bench.engine",

@@ -81,11 +81,13 @@ class ErrorSummary:
 @dataclass(frozen=True)
 class Profile:
     """A measured cost model. `fitted` are its errors on the samples it was fitted to, `held_back`
-    those on others, measured after the fit."""
+    those on others, measured after the fit. `slowness`: how much longer everything took while the
+    machine was at its busiest, as a factor; times are given as of a machine that is not."""
 
     kind: InstanceKind
     measured_at: str
     cost_model: CostModel
+    slowness: float
     fitted: ErrorSummary
     held_back: ErrorSummary | None = None
     schema: str = SCHEMA

@@ -38,7 +38,7 @@ def find_cost_model(engine: Engine, directory: Path | None) -> CostModel:
     fit = quick_fit(engine)
     logger.info(
         "step cost of %d steps timed now (mean error %.1f %%): %s",
-        fit.num_samples,
+        len(fit.samples),
         100 * fit.mean_error,
         fit.cost_model,
     )

@@ -100,6 +100,16 @@ def error_of(err: str) -> str:
         ("bench engine --batch-sizes ,", ""),
         ("bench engine --kv-cache-memory-bytes 12xyz", "'12xyz' is not a size"),
         ("demo --num-requests many", "--num-requests"),
+        ("profile a b", "b"),
+        ("profile --threads-per-instance -1", "--threads-per-instance"),
+        ("profile --threads-per-instance many", "--threads-per-instance"),
+        ("profile --block-size 17", "--block-size"),
+        ("profile --kv-cache-memory-bytes 12xyz", "'12xyz' is not a size"),
+        ("profile --seconds 0", "--seconds"),
+        ("profile --seconds nan", "--seconds"),
+        ("profile --seconds soon", "--seconds"),
+        ("profile --seed x", "--seed"),
+        ("profile --json /nowhere/at/all.json", "--json"),
     ],
 )
 def test_nonsense_is_exit_code_2_and_one_line(
@@ -115,7 +125,7 @@ def test_version(run: Callable[..., Outcome]):
 
 
 @pytest.mark.parametrize(
-    "command", ["", "serve", "top", "bench", "bench engine", "bench serve", "demo"]
+    "command", ["", "serve", "top", "bench", "bench engine", "bench serve", "demo", "profile"]
 )
 def test_help(run: Callable[..., Outcome], command: str):
     code, out, err = run(*command.split(), "--help")

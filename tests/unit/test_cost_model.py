@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import fields, replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kunserve.core.errors import ConfigError, LayoutError
-from kunserve.policy.cost_model import ChunkShape, CostModel, StepSample
+from kunserve.policy.cost_model import ChunkShape, CostModel, StepCost, StepSample
 
 SETTINGS = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+FIT_SETTINGS = settings(SETTINGS, max_examples=15)
 
 # Of the size that SmolLM2-135M has on one CPU thread.
 CPU = CostModel(
@@ -23,8 +25,18 @@ CPU = CostModel(
     head_gamma_ns=2e6,
     head_ns=1.2e6,
 )
+CURVED = CostModel(
+    alpha_ns=630.0,
+    delta_ns=2500.0,
+    beta_ns=1.5e6,
+    gamma_ns=22e6,
+    head_gamma_ns=6e6,
+    head_ns=0.42e6,
+    sharpness=2.4,
+    head_sharpness=2.9,
+)
 
-models = st.builds(
+additive_models = st.builds(
     CostModel,
     alpha_ns=st.floats(1.0, 1e4),
     delta_ns=st.floats(1.0, 1e4),
@@ -33,6 +45,11 @@ models = st.builds(
     head_gamma_ns=st.floats(1e3, 1e7),
     head_ns=st.floats(1e3, 1e7),
 )
+models = st.builds(
+    replace, additive_models, sharpness=st.floats(1.0, 8.0), head_sharpness=st.floats(1.0, 8.0)
+)
+chunk_shapes = st.builds(ChunkShape, st.integers(0, 3000), st.integers(1, 600), st.booleans())
+steps = st.lists(chunk_shapes, max_size=40)
 
 
 def grid_of_steps() -> list[tuple[ChunkShape, ...]]:
@@ -44,7 +61,9 @@ def grid_of_steps() -> list[tuple[ChunkShape, ...]]:
         for samples in (False, True)
     ]
     decodes = [
-        (ChunkShape(prefix, 1, True),) * batch for prefix in (10, 1000) for batch in (1, 8, 32)
+        (ChunkShape(prefix, 1, True),) * batch
+        for prefix in (10, 1000)
+        for batch in (1, 4, 8, 16, 32)
     ]
     return prefills + decodes
 
@@ -100,6 +119,87 @@ def test_a_stage_has_some_of_the_layers(held: int) -> None:
         CPU.for_stage(held, 30, is_leader=False)
 
 
+@SETTINGS
+@given(additive_models, steps)
+def test_at_sharpness_1_all_terms_add_up(model: CostModel, chunks: list[ChunkShape]) -> None:
+    expected_ns = model.gamma_ns + sum(model.chunk_ns(*chunk) for chunk in chunks)
+    if any(chunk.samples for chunk in chunks):
+        expected_ns += model.head_gamma_ns
+    assert model.step_ns(chunks) == pytest.approx(expected_ns)
+
+
+def test_reading_hides_behind_computing() -> None:
+    model = CostModel(0.0, 0.0, beta_ns=3.0, gamma_ns=12.0, sharpness=2.0)
+    assert model.linear_ns(0) == 12.0
+    assert model.linear_ns(3) == pytest.approx(15.0)  # 12 and 9
+    assert model.linear_ns(4000) == pytest.approx(12_000.0, rel=1e-6)
+    head = CostModel(0.0, 0.0, 0.0, 0.0, head_gamma_ns=8.0, head_ns=6.0, head_sharpness=2.0)
+    assert [head.head_step_ns(rows) for rows in (0, 1)] == [0.0, pytest.approx(10.0)]
+
+
+@SETTINGS
+@given(models, steps, chunk_shapes)
+def test_cost_grows_with_the_work(
+    model: CostModel, chunks: list[ChunkShape], added: ChunkShape
+) -> None:
+    base_ns = model.step_ns([*chunks, added])
+    larger = (
+        added._replace(prefix_tokens=added.prefix_tokens + 1),
+        added._replace(chunk_tokens=added.chunk_tokens + 1),
+        added._replace(samples=True),
+    )
+    for other in larger:
+        assert model.step_ns([*chunks, other]) >= base_ns * (1.0 - 1e-12)
+    assert model.step_ns(chunks) <= base_ns
+
+
+@SETTINGS
+@given(models, steps)
+def test_adding_chunks_one_by_one_gives_the_cost_of_the_step(
+    model: CostModel, chunks: list[ChunkShape]
+) -> None:
+    step = StepCost(model)
+    assert step.total_ns == model.gamma_ns
+    for done, chunk in enumerate(chunks, start=1):
+        before_ns, with_ns = step.total_ns, step.with_chunk_ns(chunk)
+        step.add(chunk)
+        assert step.total_ns == with_ns == model.step_ns(chunks[:done])
+        more_ns = model.chunk_ns(*chunk) + (model.head_gamma_ns if chunk.samples else 0.0)
+        assert with_ns - before_ns <= more_ns + 1e-9 * with_ns
+    assert step.sampled_rows == sum(chunk.samples for chunk in chunks)
+
+
+@SETTINGS
+@given(models, steps, st.floats(-1e6, 1e10), st.integers(0, 10_000), st.integers(0, 5_000))
+def test_largest_chunk_fills_a_step(
+    model: CostModel, chunks: list[ChunkShape], budget_ns: float, prefix: int, limit: int
+) -> None:
+    step = StepCost(model)
+    for chunk in chunks:
+        step.add(chunk)
+    tokens = step.largest_chunk(budget_ns, prefix, limit)
+    assert 0 <= tokens <= limit
+    if tokens:
+        assert model.step_ns([*chunks, ChunkShape(prefix, tokens)]) <= budget_ns
+    if tokens < limit:
+        assert model.step_ns([*chunks, ChunkShape(prefix, tokens + 1)]) > budget_ns
+
+
+def test_a_step_that_reads_anyway_takes_a_chunk_in_for_less() -> None:
+    step = StepCost(CURVED)
+    chunk = ChunkShape(0, 4)
+    assert step.with_chunk_ns(chunk) - step.total_ns < 0.2 * CURVED.chunk_ns(0, 4)
+    step.add(ChunkShape(0, 512))
+    assert step.with_chunk_ns(chunk) - step.total_ns == pytest.approx(
+        CURVED.chunk_ns(0, 4), rel=0.01
+    )
+
+
+def test_everything_slower_by_a_factor() -> None:
+    chunks = (ChunkShape(10, 4, samples=True), ChunkShape(0, 30))
+    assert CURVED.scaled(3.0).step_ns(chunks) == pytest.approx(3.0 * CURVED.step_ns(chunks))
+
+
 def test_weights_are_read_once_a_step() -> None:
     chunks = (ChunkShape(10, 4), ChunkShape(0, 3, samples=True))
     apart = sum(CPU.step_ns((chunk,)) for chunk in chunks)
@@ -122,7 +222,13 @@ def test_negative_constants_are_refused(bad: float) -> None:
         CostModel(alpha_ns=1.0, delta_ns=1.0, beta_ns=bad, gamma_ns=1.0)
 
 
-@SETTINGS
+@pytest.mark.parametrize("bad", [0.99, math.nan, math.inf])
+def test_a_sharpness_below_1_is_refused(bad: float) -> None:
+    with pytest.raises(ConfigError, match="sharpness must be at least 1"):
+        replace(CPU, sharpness=bad)
+
+
+@FIT_SETTINGS
 @given(models)
 def test_fit_predicts_exact_samples(model: CostModel) -> None:
     samples = [measured(model, chunks) for chunks in grid_of_steps()]
@@ -133,13 +239,32 @@ def test_fit_predicts_exact_samples(model: CostModel) -> None:
         assert follower_ns == pytest.approx(0.3 * sample.layers_ns, rel=2e-3)
 
 
-def test_fit_recovers_constants() -> None:
-    fitted = CostModel.fit([measured(CPU, chunks) for chunks in grid_of_steps()])
-    for name in ("alpha_ns", "delta_ns", "beta_ns", "gamma_ns", "head_gamma_ns", "head_ns"):
-        assert getattr(fitted, name) == pytest.approx(getattr(CPU, name), rel=0.01)
+@pytest.mark.parametrize("model", [CPU, CURVED])
+def test_fit_recovers_constants(model: CostModel) -> None:
+    fitted = CostModel.fit([measured(model, chunks) for chunks in grid_of_steps()])
+    for field in fields(CostModel):
+        assert getattr(fitted, field.name) == pytest.approx(getattr(model, field.name), rel=0.01)
 
 
-@SETTINGS
+def test_fit_recovers_a_roofline() -> None:
+    """Where the longer of reading and computing counts alone, predictions are off at the corner."""
+    roofline = replace(CURVED, sharpness=100.0)
+    samples = [measured(roofline, chunks) for chunks in grid_of_steps()]
+    fitted = CostModel.fit(samples)
+    assert fitted.sharpness > 10.0
+    assert all(abs(fitted.relative_error(sample)) < 0.04 for sample in samples)
+
+
+def test_a_model_without_attention_cannot_tell_short_contexts_from_long_ones() -> None:
+    samples = [measured(CURVED, chunks) for chunks in grid_of_steps()]
+    counting = CostModel.fit_token_count(samples)
+    assert (counting.alpha_ns, counting.delta_ns, counting.sharpness) == (0.0, 0.0, 1.0)
+    assert max(abs(counting.relative_error(sample)) for sample in samples) > 0.5
+    with pytest.raises(ConfigError, match="at least one"):
+        CostModel.fit_token_count([])
+
+
+@FIT_SETTINGS
 @given(st.randoms(use_true_random=False))
 def test_fit_of_noisy_samples_is_never_negative(rng: random.Random) -> None:
     samples = [
