@@ -114,8 +114,11 @@ def measure(engine: Engine, options: ProfileOptions, log: Log) -> ProfileResult:
     predictions: tuple[Prediction, ...] = ()
     if options.held_back:
         log("the quick fit of a start, for comparison")
+        quick = quick_fit(engine)
+        # Both gauges are the same step: this is the quick fit as of the same machine.
+        same_speed = fit.reference_ns / quick.reference_ns
         rivals = {
-            QUICK: quick_fit(engine).cost_model,
+            QUICK: quick.cost_model.scaled(same_speed),
             TOKENS: CostModel.fit_token_count(fit.samples),
         }
         models = {FITTED: fit.cost_model, **rivals}
