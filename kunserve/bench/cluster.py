@@ -68,12 +68,12 @@ class GroupInfo(msgspec.Struct, frozen=True):
 
 
 class InstanceInfo(msgspec.Struct, frozen=True):
-    """An instance and its process. `costs_ns`: constants of its cost model."""
+    """An instance and its process. `costs`: constants of its cost model."""
 
     id: int
     pid: int | None
     state: str
-    costs_ns: tuple[float, ...] = ()
+    costs: tuple[float, ...] = ()
 
 
 class TransitionFigures(msgspec.Struct, frozen=True):

@@ -120,7 +120,7 @@ async def _serve(console: Console, options: StudyOptions) -> StudyResult:
         for question in QUESTIONS:
             await _ask(console, server, question)
         _show_memory(console, server.pid)
-        figures = await calibrate(server)
+        figures = await calibrate(server, options.load)
     console.print(_announcement(figures))
     return await Study(options, console.print, lambda result: None).run_with(figures)
 

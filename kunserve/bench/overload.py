@@ -56,6 +56,9 @@ from kunserve.runtime.process import raise_file_limit
 
 POLICIES = ("kunserve", "recompute", "swap", "migrate", "static-pp")
 TWO_BURSTS_POLICIES = ("kunserve",)
+PLAIN_WIDTH = 120
+"""Columns of a table that goes into a file."""
+
 SWEEP = ("0.8x-whole", "1.2x-whole", "0.75x-merged", "1.0x-merged", "1.5x-merged", "2.0x-merged")
 
 
@@ -356,7 +359,8 @@ def _measure(args: argparse.Namespace, log: Callable[[str], None]) -> StudyResul
 
 
 def _show(args: argparse.Namespace, result: StudyResult, log: Callable[[str], None]) -> None:
-    print_tables(result, Console(file=sys.stdout))
+    width = None if sys.stdout.isatty() else PLAIN_WIDTH
+    print_tables(result, Console(file=sys.stdout, width=width))
     if args.json:
         args.json.write_text(results_json(result), encoding="utf-8")
     for path in draw(result, args.figures) if args.figures else ():

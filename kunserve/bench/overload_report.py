@@ -221,14 +221,14 @@ def _rows() -> dict[str, Cell]:
         "ITL max, s": lambda f: _shown(f.itl_max_s),
         "E2E P50, s": lambda f: _shown(f.latencies.e2e_s[50]),
         "tokens/s": lambda f: f"{f.tokens_per_s:.0f}",
-        "  burst to last arrival": lambda f: f"{f.loaded_tokens_per_s:.0f}",
+        "  while requests arrive": lambda f: f"{f.loaded_tokens_per_s:.0f}",
         "calm: TTFT P99, s": lambda f: _shown(f.phases["calm"].ttft_s[99]),
         "calm: TPOT P50, ms": lambda f: _shown_ms(f.phases["calm"].tpot_s[50]),
         "burst: TTFT P50, s": lambda f: _shown(f.phases["burst"].ttft_s[50]),
         "burst: TTFT P99, s": lambda f: _shown(f.phases["burst"].ttft_s[99]),
         "queue wait / TTFT": lambda f: _shown_share(f.queue_share),
-        "steady demand / no-drop KV": lambda f: _shown_share(f.steady_share),
-        "highest demand / no-drop KV": lambda f: _shown_share(f.peak_share),
+        "demand / no-drop KV, steady": lambda f: _shown_share(f.steady_share),
+        "  highest": lambda f: _shown_share(f.peak_share),
         "failed": lambda f: f"{f.latencies.failed} of {f.latencies.requests}",
         "preemptions": lambda f: str(f.preemptions),
         "transitions": lambda f: str(f.transitions),
@@ -240,7 +240,7 @@ def render(figures: Mapping[str, PolicyFigures], title: str) -> Table:
     """Policies side by side, with the failures below."""
     errors = [f"{name}: {error}" for name, each in figures.items() for error in each.errors[:3]]
     table = Table(title=title, caption=escape("\n".join(errors)), caption_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in figures:
         table.add_column(name, justify="right")
     for name, cell in _rows().items():
@@ -250,7 +250,9 @@ def render(figures: Mapping[str, PolicyFigures], title: str) -> Table:
 
 def _ttft_interval(figure: PolicyFigures) -> str:
     interval = figure.intervals.get(("ttft", 99))
-    return "-" if interval is None else f"{_shown(interval.low)} - {_shown(interval.high)}"
+    if interval is None:
+        return "-"
+    return f"{_shown(interval.low, 1, '{:.1f}')}-{_shown(interval.high, 1, '{:.1f}')}"
 
 
 def _shown_share(share: float | None) -> str:
@@ -319,7 +321,8 @@ def scenario_json(scenario: Scenario) -> dict[str, Any]:
         "instances": figures.num_instances,
         "whole_tokens": figures.whole_tokens,
         "merged_tokens": figures.merged_tokens,
-        "costs_ns": list(figures.costs_ns),
+        "costs": list(figures.costs),
+        "slowdown": figures.slowdown,
         "lengths": scenario.lengths,
         "height": str(options.height),
         "height_tokens": options.height.tokens(figures),

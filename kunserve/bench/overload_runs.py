@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
+import statistics
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ from kunserve.bench.client import (
 )
 from kunserve.bench.cluster import BenchServer, LayoutInfo, bench_server
 from kunserve.bench.scenario import Arrivals, ClusterFigures, Scenario
-from kunserve.bench.workload import NS_PER_S
+from kunserve.bench.workload import NS_PER_S, Workload, WorkloadRequest
+from kunserve.policy.cost_model import ChunkShape, CostModel
 
 SLOW_S = 0.25
 FAST_S = 0.025
@@ -34,6 +36,9 @@ NEAR_SHARE = 0.8
 """Demand as a share of what whole instances hold from which the sampling is fast."""
 FAST_AFTER_OVERLOAD_S = 4.0
 """For so long after the overload it stays so."""
+
+PROBE_BATCH, PROBE_PROMPT_TOKENS, PROBE_OUTPUT_TOKENS = 8, 32, 64
+"""Streams on each instance that show how long a step takes, and their lengths."""
 
 Log = Callable[[str], None]
 
@@ -117,30 +122,57 @@ class OverloadRun:
 # ---------------------------------------------------------------- the cluster's own figures
 
 
-async def calibrate(server: BenchServer) -> ClusterFigures:
-    """What whole instances hold, and the merged group, by merging once; nothing must run.
+async def calibrate(server: BenchServer, options: LoadOptions) -> ClusterFigures:
+    """What whole instances hold, and the merged group, by merging once; and what steps cost, by
+    the constants that the instances fitted, and how much longer they take while tokens are streamed
+    (front and client compute on the same machine). Nothing else must run.
 
     Raises:
-        BenchError: the instances do not merge.
+        BenchError: a request failed, or the instances do not merge.
     """
     whole = await server.layout()
+    costs = _mean_costs(whole)
+    slowdown = await _measure_slowdown(server, options, costs, len(whole.instances))
+    await server.idle()
     await server.change("drop")
     merged = await server.layout()
     return ClusterFigures(
         num_instances=len(whole.instances),
         whole_tokens=sum(group.kv_tokens for group in whole.groups),
         merged_tokens=sum(group.kv_tokens for group in merged.groups),
-        costs_ns=_mean_costs(whole),
+        costs=costs,
+        slowdown=slowdown,
     )
+
+
+async def _measure_slowdown(
+    server: BenchServer, options: LoadOptions, costs: tuple[float, ...], num_instances: int
+) -> float:
+    """The median gap of streams that all decode, over what the cost model says of such a step; 1 at
+    least."""
+    shape = WorkloadRequest(0, PROBE_PROMPT_TOKENS, PROBE_OUTPUT_TOKENS)
+    probes = Workload("probe", (shape,) * (PROBE_BATCH * num_instances))
+    result = await run_load(server.base_url, server.model, probes, options)
+    failed = [record.error for record in result.records if record.error is not None]
+    if failed:
+        raise BenchError(f"a request of the calibration failed: {failed[0].message}")
+    gaps_ns = [
+        after - before
+        for record in result.records
+        for before, after in itertools.pairwise(record.token_ns[PROBE_OUTPUT_TOKENS // 4 :])
+    ]
+    context = PROBE_PROMPT_TOKENS + PROBE_OUTPUT_TOKENS // 2
+    step_ns = CostModel(*costs).step_ns([ChunkShape(context, 1, True)] * PROBE_BATCH)
+    return max(1.0, statistics.median(gaps_ns) / step_ns)
 
 
 def _mean_costs(layout: LayoutInfo) -> tuple[float, ...]:
     """Every instance fits its own constants; on one machine they differ by noise."""
-    columns = zip(*(instance.costs_ns for instance in layout.instances), strict=True)
-    costs_ns = tuple(sum(column) / len(column) for column in columns)
-    if not costs_ns:
+    columns = zip(*(instance.costs for instance in layout.instances), strict=True)
+    costs = tuple(sum(column) / len(column) for column in columns)
+    if not costs:
         raise BenchError("the server does not say what its steps cost")
-    return costs_ns
+    return costs
 
 
 # ---------------------------------------------------------------- sampling

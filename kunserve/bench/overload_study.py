@@ -180,7 +180,7 @@ class Study:
         """The figures of the cluster, from a server that serves nothing else."""
         self._log("starting a server to learn what it holds and what its steps cost")
         async with bench_server((*self._flags, "--policy", "recompute")) as server:
-            return await calibrate(server)
+            return await calibrate(server, self._options.load)
 
     async def run_with(self, figures: ClusterFigures) -> StudyResult:
         """The same, of a cluster whose figures are known."""

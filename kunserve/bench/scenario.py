@@ -8,8 +8,8 @@
                 0      burst_at  +20             arrivals end
 
 Demand is counted in a cluster with unlimited memory: prompt and generated tokens of every request
-that has arrived and has not ended. `ModelInstance` computes it from the fitted costs of a step, so
-the rule needs no taste: the steady rate is the one whose mean demand is `steady_share` of what the
+that has arrived and has not ended. `ModelInstance` computes it from the costs of a step, so the
+rule needs no taste: the steady rate is the one whose mean demand is `steady_share` of what the
 whole instances hold; the rate of the burst is the one whose highest demand within the burst is the
 wished height, a multiple of what the whole instances ("whole") or the merged group ("merged") hold.
 
@@ -59,12 +59,19 @@ _HEIGHT = re.compile(r"(\d{1,3}(?:\.\d{1,4})?)x-(whole|merged)")
 @dataclass(frozen=True)
 class ClusterFigures:
     """What the rule needs to know of a cluster. Tokens of KVCache: of all whole instances, and of
-    the group that they merge to. `costs_ns`: constants of the cost model of a whole instance."""
+    the group that they merge to. `costs`: constants of the cost model of a whole instance;
+    `slowdown`: how many times as long a step takes when its tokens are served."""
 
     num_instances: int
     whole_tokens: int
     merged_tokens: int
-    costs_ns: tuple[float, ...]
+    costs: tuple[float, ...]
+    slowdown: float = 1.0
+
+    @property
+    def cost(self) -> CostModel:
+        """Costs of a step while tokens are served."""
+        return CostModel(*self.costs).scaled(self.slowdown)
 
 
 @dataclass(frozen=True)
@@ -256,7 +263,7 @@ def resolve(
     Raises:
         BenchError: the burst would not be higher than the steady demand.
     """
-    cost = CostModel(*figures.costs_ns)
+    cost = figures.cost
     shapes = _model_shapes(lengths)
     steady_tokens = options.steady_share * figures.whole_tokens
     height_tokens = options.height.tokens(figures)

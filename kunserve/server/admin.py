@@ -140,7 +140,7 @@ async def read_body(request: Request, model: type[BodyT]) -> BodyT:
 
 def layout_json(view: ClusterView) -> dict[str, Any]:
     """The layout as GET /admin/layout shows it, at `at_ns` of the monotonic clock. Layers are
-    half-open, capacities in tokens, `costs_ns` the constants of the cost model."""
+    half-open, capacities in tokens, `costs` the constants of the cost model."""
     return {
         "at_ns": view.at_ns,
         "epoch": view.epoch,
@@ -177,7 +177,7 @@ def _instance_json(status: InstanceStatus) -> dict[str, Any]:
         "pid": status.pid,
         "state": status.state,
         "pages": dict(status.pages),
-        "costs_ns": list(status.costs),
+        "costs": list(status.costs),
     }
 
 

@@ -26,11 +26,12 @@ def flags(model: Path) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.timeout(240)
 def test_a_study(tmp_path: Path, model: Path):
     report, runs, figures = tmp_path / "o.json", tmp_path / "runs.json", tmp_path / "figures"
     output = ["--json", str(report), "--save-runs", str(runs), "--figures", str(figures)]
     with started_command(tmp_path, [*flags(model), *output]) as command:
-        assert command.wait(100.0) == 0, command.log
+        assert command.wait(200.0) == 0, command.log
         assert "recompute, 1x-merged, seed 0" in command.log
     document = json.loads(report.read_text(encoding="utf-8"))
     scenario, policy = document["scenario"], document["policies"]["recompute"]

@@ -126,9 +126,9 @@ def test_the_layout(cluster: FakeCluster):
         "instances": [
             {
                 "id": 0, "pid": 71, "state": "ready", "pages": {"part": 5, "free": 2},
-                "costs_ns": [1.5, 2.0],
+                "costs": [1.5, 2.0],
             },
-            {"id": 1, "pid": None, "state": "waiting for restart", "pages": {}, "costs_ns": []},
+            {"id": 1, "pid": None, "state": "waiting for restart", "pages": {}, "costs": []},
         ],
         "dropped_bytes": 0,
         "last_decision": None,

@@ -27,7 +27,7 @@ from kunserve.policy.cost_model import CostModel
 
 MS = 1e6
 COSTS = (100.0, 1000.0, 1.5 * MS, 20.0 * MS, 2.0 * MS, 0.2 * MS)
-FIGURES = ClusterFigures(2, whole_tokens=6000, merged_tokens=14000, costs_ns=COSTS)
+FIGURES = ClusterFigures(2, whole_tokens=6000, merged_tokens=14000, costs=COSTS)
 LENGTHS = RandomLengths(48, 64, 0.5)
 OPTIONS = ScenarioOptions(Height(1.0, "merged"))
 STEPWISE = CostModel(0.0, 0.0, 0.0, 100.0 * MS)
