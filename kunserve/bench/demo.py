@@ -52,7 +52,7 @@ WEIGHTS_SHARE = 0.75
 SCENARIO = ScenarioOptions(Height(1.0, "merged"), before_s=8.0, burst_s=15.0, after_s=10.0)
 LENGTHS = RandomLengths(prompt_tokens=48, output_tokens=256, range_ratio=0.5)
 REQUEST_TIMEOUT_S = 90.0
-"""Bounds the demo to six minutes on any machine; what a slow one does not finish is in the table."""
+"""Bounds the demo to six minutes on a slow machine; what that leaves unfinished shows as failed."""
 
 PICTURE, FIGURES = "overload.png", "overload.json"
 
