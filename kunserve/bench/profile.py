@@ -52,6 +52,8 @@ SCHEMA = "kunserve.bench.profile/1"
 MIXED_STEPS = 18
 """Random microbatches among the steps that are fitted."""
 HELD_BACK_STEPS = 42
+POOR_ERROR = 0.1
+"""Mean error on the fitted steps above which the user is told."""
 FIT_SHARE = 0.6
 """Of the time, where there are held-back steps as well."""
 MAX_SECONDS = 3600.0
@@ -106,22 +108,23 @@ def measure(engine: Engine, options: ProfileOptions, log: Log) -> ProfileResult:
     timer = StepTimer(engine)
     share = FIT_SHARE if options.held_back else 1.0
     budget_ns = int(options.seconds * 1e9)
-    is_over = timer.deadline(int(share * budget_ns))
     steps = _steps_to_fit(timer, options.seed)
-    _run(timer, steps, is_over, log)
+    _run(timer, steps, int(share * budget_ns), log)
     fit = Fit.of(timer, steps)
     rivals: dict[str, CostModel] = {}
     predictions: tuple[Prediction, ...] = ()
     if options.held_back:
         log("the quick fit of a start, for comparison")
+        quick = quick_fit(engine)
+        # Both gauges are the same step: this is the quick fit as of the same machine.
+        same_speed = fit.reference_ns / quick.reference_ns
         rivals = {
-            QUICK: quick_fit(engine).cost_model,
+            QUICK: quick.cost_model.scaled(same_speed),
             TOKENS: CostModel.fit_token_count(fit.samples),
         }
         models = {FITTED: fit.cost_model, **rivals}
-        is_over = timer.deadline(int((1.0 - share) * budget_ns))
         steps = _held_back_steps(timer, options.seed, engine.spec.num_layers)
-        _run(timer, steps, is_over, log)
+        _run(timer, steps, int((1.0 - share) * budget_ns), log)
         predictions = _predict(steps, fit.reference_ns, models, engine.spec.num_layers)
     profile = Profile(
         kind=kind_of(engine),
@@ -149,13 +152,12 @@ def _held_back_steps(timer: StepTimer, seed: int, num_layers: int) -> list[Timed
     return [step for step in steps if step is not None]
 
 
-def _run(
-    timer: StepTimer, steps: Sequence[TimedStep], is_over: Callable[[], bool], log: Log
-) -> None:
-    """Run the steps until all are settled or `is_over`."""
+def _run(timer: StepTimer, steps: Sequence[TimedStep], budget_ns: int, log: Log) -> None:
+    """Run the steps until all are settled or they took `budget_ns`."""
     log(f"{len(steps)} steps")
     if steps:
         timer.warm_up([max(steps, key=lambda step: step.num_tokens)])
+    is_over = timer.deadline(budget_ns)
     while timer.run_round(steps, is_over):
         log(f"{sum(step.is_settled for step in steps)} of them measured")
     missing = sum(not step.has_run for step in steps)
@@ -310,6 +312,8 @@ def run(args: argparse.Namespace) -> int:
     console.print(errors_table(result))
     console.print(f"the busiest moments were slower by {result.profile.slowness - 1.0:.0%}")
     console.print(f"stored: {path}", soft_wrap=True)
+    if result.fit.mean_error > POOR_ERROR:
+        log("the fit is poor: the machine was too busy; measure again when it is quiet")
     if args.json:
         text = json.dumps(document(result), indent=1) + "\n"
         Path(args.json).write_text(text, encoding="utf-8")

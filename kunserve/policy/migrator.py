@@ -219,7 +219,7 @@ class Migrator:
     def _copies(self, source: SourceBlocks, targets: tuple[BlockId, ...]) -> tuple[PageCopy, ...]:
         """Layer by layer; neighbours on both sides are one copy."""
         physical = {place.page: place.physical_pages for place in source.pages}
-        runs = _block_runs(source.blocks, targets, self._blocks_per_page)
+        runs = block_runs(source.blocks, targets, self._blocks_per_page)
         copies = []
         for layer in range(self._memory.plan.num_layers):
             for there, here, count in runs:
@@ -279,7 +279,7 @@ class Migrator:
         self._say(MigrationEnded(*self._name, migration))
 
 
-def _block_runs(
+def block_runs(
     sources: tuple[BlockId, ...], targets: tuple[BlockId, ...], blocks_per_page: int
 ) -> list[tuple[BlockId, BlockId, int]]:
     """Pairs of blocks as runs (source, target, count) that are consecutive on both sides, each

@@ -244,7 +244,7 @@ def _draw_instance(rng: Random) -> SimInstanceConfig:
         step_time_target_ns=rng.randint(10, 60) * MILLISECOND_NS,
         watermark_fraction=rng.choice((0.0, 0.01, 0.2)),
         enable_prefix_caching=rng.random() < 0.8,
-        batching=Batching.LOOKAHEAD if budget is None or budget % 2 else Batching.TOKEN_COUNT,
+        batching=Batching.TOKEN_COUNT if budget else Batching.LOOKAHEAD,
     )
     cost_model = CostModel(
         alpha_ns=rng.uniform(0, 20) * MICROSECOND_NS,

@@ -86,24 +86,24 @@ def run_seeds(seeds: range, limits: ScenarioLimits) -> Counter[str]:
 
 
 def test_requests_move_without_a_trace_in_the_tokens() -> None:
-    happened = run_seeds(range(15), CALM_LIMITS)
-    assert happened["migration done"] > 10, happened
+    happened = run_seeds(range(10), CALM_LIMITS)
+    assert happened["migration done"] > 5, happened
     assert happened["redispatched"] > 10, happened
 
 
 def test_the_laws_hold_for_every_seed_with_faults() -> None:
-    happened = run_seeds(range(100, 125), MIGRATION_LIMITS)
+    happened = run_seeds(range(100, 116), MIGRATION_LIMITS)
     counted = ("migration done", "migration cancelled", "redispatched", "lost")
     assert all(happened[what] for what in counted), happened
 
 
 def test_the_laws_hold_while_layouts_change() -> None:
-    happened = run_seeds(range(10), LAYOUT_LIMITS)
+    happened = run_seeds(range(6), LAYOUT_LIMITS)
     assert all(happened[what] for what in ("migration done", "done", "aborted")), happened
 
 
 def test_requests_that_end_their_instances_hold_to_the_laws() -> None:
-    happened = run_seeds(range(10), DEADLY_LIMITS)
+    happened = run_seeds(range(8), DEADLY_LIMITS)
     assert all(happened[what] for what in ("migration done", "deaths")), happened
 
 
