@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.rule import Rule
 from rich.text import Text
 
-from kunserve.bench.client import LoadOptions
+from kunserve.bench.client import ErrorKind, LoadOptions
 from kunserve.bench.cluster import BenchServer, bench_server
 from kunserve.bench.overload_report import render
 from kunserve.bench.overload_results import (
@@ -51,7 +51,9 @@ POLICIES = ("recompute", "kunserve")
 WEIGHTS_SHARE = 0.75
 SCENARIO = ScenarioOptions(Height(1.0, "merged"), before_s=8.0, burst_s=15.0, after_s=10.0)
 LENGTHS = RandomLengths(prompt_tokens=48, output_tokens=256, range_ratio=0.5)
-REQUEST_TIMEOUT_S = 240.0
+REQUEST_TIMEOUT_S = 90.0
+"""Bounds the demo to six minutes on a slow machine; what that leaves unfinished shows as failed."""
+
 PICTURE, FIGURES = "overload.png", "overload.json"
 
 
@@ -93,7 +95,13 @@ def _run(args: argparse.Namespace) -> int:
     console.print(f"Done in {time.monotonic() - begin_s:.0f} s; nothing is left running.")
     if args.svg:
         console.save_svg(args.svg, title="kunserve demo")
-    return 1 if any(request.error for run in result.runs for request in run.requests) else 0
+    return 1 if _has_failed(result) else 0
+
+
+def _has_failed(result: StudyResult) -> bool:
+    """Some request ended in another way than by its time running out."""
+    errors = [request.error for run in result.runs for request in run.requests if request.error]
+    return any(not error.startswith(ErrorKind.TIMEOUT) for error in errors)
 
 
 def _options(console: Console) -> StudyOptions:
