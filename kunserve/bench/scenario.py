@@ -10,8 +10,9 @@
 Demand is counted in a cluster with unlimited memory: prompt and generated tokens of every request
 that has arrived and has not ended. `ModelInstance` computes it from the costs of a step, so the
 rule needs no taste: the steady rate is the one whose mean demand is `steady_share` of what the
-whole instances hold; the rate of the burst is the one whose highest demand within the burst is the
-wished height, a multiple of what the whole instances ("whole") or the merged group ("merged") hold.
+whole instances hold; the rate of the burst is the one whose highest demand is the wished height, a
+multiple of what the whole instances ("whole") or the merged group ("merged") hold. Answers outlast
+the burst and go on growing, so the highest demand comes after it.
 
 Arrivals are Poisson and never clipped. A run does not wait for minutes until it is steady: it
 begins with the requests that the model has under way then, as far as they have got (their tokens so
@@ -48,6 +49,8 @@ MODEL_SHAPES = 256
 """Lengths that the model draws; it goes through them again and again."""
 MODEL_ARRIVALS = 160
 """Arrivals at one modelled instance; the second half of their time counts as steady."""
+SETTLE_S = 60.0
+"""Steady arrivals after a burst in which its highest demand comes."""
 TOLERANCE = 0.005
 """Relative error of a rate that bisection leaves."""
 RAMP_LOAD = 0.5
@@ -285,7 +288,12 @@ def resolve(
     if rates is None:
         burst_rate = _bisect(
             lambda rate: burst_demand(
-                cost, shapes, rate, options.burst_s, state, 4 * height_tokens / each
+                cost,
+                shapes,
+                (steady_rate, rate),
+                options.burst_s,
+                state,
+                4 * height_tokens / each,
             ),
             height_tokens / each,
         )
@@ -332,14 +340,17 @@ def steady_demand(
 def burst_demand(
     cost: CostModel,
     shapes: Sequence[RequestShape],
-    rate: float,
+    rates: tuple[float, float],
     burst_s: float,
     under_way: Sequence[tuple[RequestShape, int]] = (),
     limit_tokens: float = math.inf,
 ) -> float:
-    """Highest demand in tokens of an instance within a burst of `rate` requests per second;
-    infinite where it exceeds `limit_tokens`."""
-    arrivals = _evenly(shapes, rate, max(1, math.ceil(rate * burst_s)))
+    """Highest demand in tokens of an instance in and after a burst; infinite where it exceeds
+    `limit_tokens`. `rates`: requests per second after and in the burst."""
+    steady_rate, burst_rate = rates
+    arrivals = _evenly(shapes, burst_rate, max(1, math.ceil(burst_rate * burst_s)))
+    later = _evenly(shapes, steady_rate, math.ceil(steady_rate * SETTLE_S)) if steady_rate else []
+    arrivals += [(burst_s + at_s, shape) for at_s, shape in later]
     demand = ModelInstance(cost, under_way).run(arrivals, limit_tokens)
     highest = max(tokens for at_s, tokens in demand)
     return math.inf if highest > limit_tokens else float(highest)
