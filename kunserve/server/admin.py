@@ -140,7 +140,8 @@ async def read_body(request: Request, model: type[BodyT]) -> BodyT:
 
 def layout_json(view: ClusterView) -> dict[str, Any]:
     """The layout as GET /admin/layout shows it, at `at_ns` of the monotonic clock. Layers are
-    half-open, capacities in tokens (null until the group's scheduler has reported), `costs` the constants of the cost model."""
+    half-open, capacities in tokens; what is used and queued is null until the group's scheduler
+    has reported. `costs`: the constants of the cost model."""
     return {
         "at_ns": view.at_ns,
         "epoch": view.epoch,
