@@ -54,7 +54,7 @@ class StageInfo(msgspec.Struct, frozen=True):
 
 
 class GroupInfo(msgspec.Struct, frozen=True):
-    """A group that serves; KVCache in tokens."""
+    """A group that serves; KVCache in tokens, None until its scheduler has reported."""
 
     id: int
     kv_tokens: int
@@ -62,9 +62,14 @@ class GroupInfo(msgspec.Struct, frozen=True):
     stages: tuple[StageInfo, ...]
     in_transition: str | None = None
     kv_tokens_whole: int = 0
-    kv_tokens_used: int = 0
-    kv_tokens_queued: int = 0
+    kv_tokens_used: int | None = None
+    kv_tokens_queued: int | None = None
     num_waiting: int = 0
+
+    @property
+    def is_known(self) -> bool:
+        """What it holds is known: its scheduler has said so, or it holds nothing."""
+        return self.kv_tokens_used is not None or not self.num_requests
 
 
 class InstanceInfo(msgspec.Struct, frozen=True):

@@ -48,8 +48,8 @@ QUESTIONS = (
 )
 ANSWER_TOKENS = 48
 POLICIES = ("recompute", "kunserve")
-WEIGHTS_SHARE = 0.75
-SCENARIO = ScenarioOptions(Height(1.0, "merged"), before_s=8.0, burst_s=15.0, after_s=10.0)
+WEIGHTS_SHARE = 0.85
+SCENARIO = ScenarioOptions(Height(2.0, "whole"), before_s=10.0, burst_s=15.0, after_s=10.0)
 LENGTHS = RandomLengths(prompt_tokens=48, output_tokens=256, range_ratio=0.5)
 REQUEST_TIMEOUT_S = 90.0
 """Bounds the demo to six minutes on a slow machine; what that leaves unfinished shows as failed."""
@@ -174,8 +174,9 @@ def _show_memory(console: Console, pid: int) -> None:
 def _announcement(figures: ClusterFigures) -> str:
     return (
         f"\nKVCache for {figures.whole_tokens} tokens; {figures.merged_tokens} once both drop the "
-        f"layers that the other one keeps.\nNow a burst of {SCENARIO.burst_s:.0f} s that would "
-        "fill the larger one, twice: queueing and recomputing, then dropping parameters."
+        f"layers that the other one keeps.\nNow a burst of {SCENARIO.burst_s:.0f} s that needs "
+        f"{SCENARIO.height.factor:g} times what whole instances hold: first with queueing and "
+        "recomputing, then with dropping parameters."
     )
 
 

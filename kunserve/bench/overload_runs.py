@@ -192,9 +192,11 @@ class LayoutSampler:
         """Sample until cancelled; times count from `begin_ns`."""
         self._begin_ns = begin_ns
         while True:
-            sample = load_sample(await self._server.layout(), begin_ns)
-            # A view that has not changed is not news.
-            if not self.samples or sample.at_s > self.samples[-1].at_s:
+            layout = await self._server.layout()
+            sample = load_sample(layout, begin_ns)
+            # A view that has not changed is not news, and between two layouts nobody knows the use.
+            is_news = not self.samples or sample.at_s > self.samples[-1].at_s
+            if is_news and all(group.is_known for group in layout.groups):
                 self.samples.append(sample)
             await asyncio.sleep(FAST_S if self._is_near(sample) else SLOW_S)
 
@@ -217,8 +219,8 @@ def load_sample(layout: LayoutInfo, begin_ns: int) -> LoadSample:
         at_s=(layout.at_ns - begin_ns) / NS_PER_S,
         capacity_tokens=sum(group.kv_tokens for group in groups),
         whole_tokens=sum(group.kv_tokens_whole for group in groups),
-        used_tokens=sum(group.kv_tokens_used for group in groups),
-        queued_tokens=sum(group.kv_tokens_queued for group in groups),
+        used_tokens=sum(group.kv_tokens_used or 0 for group in groups),
+        queued_tokens=sum(group.kv_tokens_queued or 0 for group in groups),
         num_waiting=sum(group.num_waiting for group in groups),
         stages=max((len(group.stages) for group in groups), default=0),
     )

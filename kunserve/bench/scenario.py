@@ -54,7 +54,8 @@ SETTLE_S = 60.0
 TOLERANCE = 0.005
 """Relative error of a rate that bisection leaves."""
 RAMP_LOAD = 0.5
-"""Share of the computing time that prefills of the first requests may take."""
+"""Share of the computing time that prefills of the first requests take, unless there is too little
+time before the burst."""
 Lengths = RandomLengths | LengthTable
 _HEIGHT = re.compile(r"(\d{1,3}(?:\.\d{1,4})?)x-(whole|merged)")
 
@@ -306,7 +307,7 @@ def resolve(
         steady_rate * each,
         burst_rate * each,
         tuple(sorted(ramp, key=lambda shape: -shape.output_tokens)),
-        prefill_ns / NS_PER_S / RAMP_LOAD,
+        min(prefill_ns / NS_PER_S / RAMP_LOAD, options.before_s / 2),
     )
 
 

@@ -140,7 +140,8 @@ async def read_body(request: Request, model: type[BodyT]) -> BodyT:
 
 def layout_json(view: ClusterView) -> dict[str, Any]:
     """The layout as GET /admin/layout shows it, at `at_ns` of the monotonic clock. Layers are
-    half-open, capacities in tokens, `costs` the constants of the cost model."""
+    half-open, capacities in tokens; what is used and queued is null until the group's scheduler
+    has reported. `costs`: the constants of the cost model."""
     return {
         "at_ns": view.at_ns,
         "epoch": view.epoch,
@@ -163,8 +164,8 @@ def _group_json(status: GroupStatus, block_size: int) -> dict[str, Any]:
         ],
         "kv_tokens": status.kv_blocks * block_size,
         "kv_tokens_whole": status.whole_blocks * block_size,
-        "kv_tokens_used": status.used_blocks * block_size,
-        "kv_tokens_queued": status.queued_blocks * block_size,
+        "kv_tokens_used": status.used_blocks * block_size if status.load else None,
+        "kv_tokens_queued": status.queued_blocks * block_size if status.load else None,
         "num_requests": status.num_requests,
         "num_waiting": status.load.num_waiting if status.load else 0,
         "in_transition": status.in_transition,
