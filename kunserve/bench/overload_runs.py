@@ -37,8 +37,10 @@ NEAR_SHARE = 0.8
 FAST_AFTER_OVERLOAD_S = 4.0
 """For so long after the overload it stays so."""
 
-PROBE_BATCH, PROBE_PROMPT_TOKENS, PROBE_OUTPUT_TOKENS = 8, 32, 64
-"""Streams on each instance that show how long a step takes, and their lengths."""
+PROBE_BATCH, FULL_BATCH = 8, 24
+"""Streams on each instance that show how long a step takes: on whole instances, and when the merged
+group is as full as a burst makes it."""
+PROBE_PROMPT_TOKENS, PROBE_OUTPUT_TOKENS = 32, 64
 
 Log = Callable[[str], None]
 
@@ -132,26 +134,33 @@ async def calibrate(server: BenchServer, options: LoadOptions) -> ClusterFigures
     """
     whole = await server.layout()
     costs = _mean_costs(whole)
-    slowdown = await _measure_slowdown(server, options, costs, len(whole.instances))
+    count = len(whole.instances)
+    slowdown = await _measure_slowdown(server, options, costs, count, PROBE_BATCH)
     await server.idle()
     await server.change("drop")
     merged = await server.layout()
+    loaded_slowdown = await _measure_slowdown(server, options, costs, count, FULL_BATCH)
     return ClusterFigures(
         num_instances=len(whole.instances),
         whole_tokens=sum(group.kv_tokens for group in whole.groups),
         merged_tokens=sum(group.kv_tokens for group in merged.groups),
         costs=costs,
         slowdown=slowdown,
+        loaded_slowdown=loaded_slowdown,
     )
 
 
 async def _measure_slowdown(
-    server: BenchServer, options: LoadOptions, costs: tuple[float, ...], num_instances: int
+    server: BenchServer,
+    options: LoadOptions,
+    costs: tuple[float, ...],
+    num_instances: int,
+    batch: int,
 ) -> float:
-    """The median gap of streams that all decode, over what the cost model says of such a step; 1 at
-    least."""
+    """The median gap of streams that all decode, over what the cost model says of a step of `batch`
+    on a whole instance; 1 at least."""
     shape = WorkloadRequest(0, PROBE_PROMPT_TOKENS, PROBE_OUTPUT_TOKENS)
-    probes = Workload("probe", (shape,) * (PROBE_BATCH * num_instances))
+    probes = Workload("probe", (shape,) * (batch * num_instances))
     result = await run_load(server.base_url, server.model, probes, options)
     failed = [record.error for record in result.records if record.error is not None]
     if failed:
@@ -162,7 +171,7 @@ async def _measure_slowdown(
         for before, after in itertools.pairwise(record.token_ns[PROBE_OUTPUT_TOKENS // 4 :])
     ]
     context = PROBE_PROMPT_TOKENS + PROBE_OUTPUT_TOKENS // 2
-    step_ns = CostModel(*costs).step_ns([ChunkShape(context, 1, True)] * PROBE_BATCH)
+    step_ns = CostModel(*costs).step_ns([ChunkShape(context, 1, True)] * batch)
     return max(1.0, statistics.median(gaps_ns) / step_ns)
 
 

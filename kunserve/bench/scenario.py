@@ -64,18 +64,25 @@ _HEIGHT = re.compile(r"(\d{1,3}(?:\.\d{1,4})?)x-(whole|merged)")
 class ClusterFigures:
     """What the rule needs to know of a cluster. Tokens of KVCache: of all whole instances, and of
     the group that they merge to. `costs`: constants of the cost model of a whole instance;
-    `slowdown`: how many times as long a step takes when its tokens are served."""
+    `slowdown`: how many times as long a step of a few requests takes when its tokens are served;
+    `loaded_slowdown`: the same of the merged group when it is full."""
 
     num_instances: int
     whole_tokens: int
     merged_tokens: int
     costs: tuple[float, ...]
     slowdown: float = 1.0
+    loaded_slowdown: float = 1.0
 
     @property
     def cost(self) -> CostModel:
         """Costs of a step while tokens are served."""
         return CostModel(*self.costs).scaled(self.slowdown)
+
+    @property
+    def loaded_cost_model(self) -> CostModel:
+        """What steps take in a burst."""
+        return CostModel(*self.costs).scaled(self.loaded_slowdown)
 
 
 @dataclass(frozen=True)
@@ -289,7 +296,7 @@ def resolve(
     if rates is None:
         burst_rate = _bisect(
             lambda rate: burst_demand(
-                cost,
+                figures.loaded_cost_model,
                 shapes,
                 (steady_rate, rate),
                 options.burst_s,

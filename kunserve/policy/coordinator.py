@@ -91,6 +91,7 @@ class Pursuit:
     kind: WishKind
     groups: Wish
     why: str
+    expected_requests: int = 0
 
 
 @dataclass
@@ -199,8 +200,17 @@ class Coordinator:
 
     # ------------------------------------------------------------ wishes
 
-    def wish(self, number: int, kind: WishKind, groups: Wish, why: str, now_ns: int) -> Commands:
-        """Take a wish up; transitions that can turn back do, the others end first."""
+    def wish(
+        self,
+        number: int,
+        kind: WishKind,
+        groups: Wish,
+        why: str,
+        now_ns: int,
+        expected_requests: int = 0,
+    ) -> Commands:
+        """Take a wish up; transitions that can turn back do, the others end first. Layers are
+        split for `expected_requests`, if these are more than there are now."""
         if not self._book.config.part_pages:
             yield AnswerWish(number, False, "this cluster has whole instances only")
             return
@@ -213,7 +223,8 @@ class Coordinator:
         try:
             wished = self._wanted(kind, groups)
             shape = self.shape()
-            next_step(shape, serving, wished, self.cost(), self.typical(wished))
+            typical = self.typical(wished, expected_requests)
+            next_step(shape, serving, wished, self.cost(), typical)
         except LayoutError as error:
             yield AnswerWish(number, False, f"illegal: {error}")
             return
@@ -221,7 +232,7 @@ class Coordinator:
             self._pursuit.numbers.append(number)
             return
         yield from self.withdraw("another layout was wished meanwhile")
-        self._pursuit = Pursuit([number], kind, wished, why)
+        self._pursuit = Pursuit([number], kind, wished, why, expected_requests)
         for active in tuple(self._active.values()):
             if active.transition.can_turn_back:
                 active.transition.reason = "another layout was wished"
@@ -276,7 +287,7 @@ class Coordinator:
         groups = self._book.layout.groups
         try:
             pursuit.groups = self._wanted(pursuit.kind, pursuit.groups)
-            typical = self.typical(pursuit.groups)
+            typical = self.typical(pursuit.groups, pursuit.expected_requests)
             step = next_step(self.shape(), groups, pursuit.groups, self.cost(), typical)
         except LayoutError as error:
             yield from self.withdraw(str(error))
@@ -322,10 +333,12 @@ class Coordinator:
         chunks = TypicalStep().chunks
         return min(fits, key=lambda fit: fit.step_ns(chunks), default=CostModel(0, 0, 0, 0))
 
-    def typical(self, wished: Wish) -> TypicalStep:
-        """A microbatch of the moment in the largest wished group: its share of all requests."""
+    def typical(self, wished: Wish, expected_requests: int = 0) -> TypicalStep:
+        """A microbatch of the moment in the largest wished group: its share of all requests, or of
+        those that are expected if these are more."""
         loads = [group.load for group in self._book.groups.values() if group.load is not None]
         requests = sum(load.num_running + load.num_waiting for load in loads)
+        requests = max(requests, expected_requests)
         running = sum(load.num_running for load in loads)
         if not running:
             return TypicalStep()

@@ -294,7 +294,8 @@ class DroppingGovernor(Governor):
         shape, cost = self._coordinator.shape(), self._coordinator.cost()
         groups = [record.group for record in records]
         try:
-            typical = self._coordinator.typical((instances,))
+            expected = self._estimator.expected_requests(records, now_ns)
+            typical = self._coordinator.typical((instances,), expected)
             step = next_step(shape, groups, (instances,), cost, typical)
         except LayoutError as error:
             return self._impossible(records, str(error))
@@ -335,7 +336,10 @@ class DroppingGovernor(Governor):
             changed |= dict.fromkeys(candidate.instances, candidate.instances)
         saved_s = sum(self._saved_ns(candidate) for candidate in chosen) / SECOND_NS
         why = f"overload, {saved_s:.1f} request-seconds less waiting expected"
-        yield from self._wish(self._partition(changed), why, now_ns)
+        expected = max(
+            self._estimator.expected_requests(candidate.records, now_ns) for candidate in chosen
+        )
+        yield from self._wish(self._partition(changed), why, now_ns, expected)
 
     @staticmethod
     def _saved_ns(candidate: _Candidate) -> float:

@@ -89,8 +89,9 @@ class Governor:
         self.may_drop = may_drop
         self._is_held = False
 
-    def _wish(self, groups: Wish, why: str, now_ns: int) -> Commands:
-        yield from self._coordinator.wish(OWN_WISH, WishKind.LAYOUT, groups, why, now_ns)
+    def _wish(self, groups: Wish, why: str, now_ns: int, expected_requests: int = 0) -> Commands:
+        kind = WishKind.LAYOUT
+        yield from self._coordinator.wish(OWN_WISH, kind, groups, why, now_ns, expected_requests)
 
     def _partition(self, changed: dict[InstanceId, tuple[InstanceId, ...]]) -> Wish:
         """The layout of now, but for instances in `changed`, which go where that says."""
