@@ -49,8 +49,8 @@ MODEL_SHAPES = 256
 """Lengths that the model draws; it goes through them again and again."""
 MODEL_ARRIVALS = 160
 """Arrivals at one modelled instance; the second half of their time counts as steady."""
-SETTLE_S = 60.0
-"""Steady arrivals after a burst in which its highest demand comes."""
+DRAIN_S = 60.0
+"""So long after the last arrival demand may still rise."""
 TOLERANCE = 0.005
 """Relative error of a rate that bisection leaves."""
 RAMP_LOAD = 0.5
@@ -238,13 +238,17 @@ class ModelInstance:
         return tuple((running.shape, running.done) for running in self._running)
 
     def run(
-        self, arrivals: Sequence[tuple[float, RequestShape]], limit_tokens: float = math.inf
+        self,
+        arrivals: Sequence[tuple[float, RequestShape]],
+        limit_tokens: float = math.inf,
+        drain_s: float = 0.0,
     ) -> list[tuple[float, int]]:
-        """(time in s, demand in tokens) after every step until the last arrival, or until the
-        demand exceeds `limit_tokens`."""
+        """(time in s, demand in tokens) after every step until `drain_s` after the last arrival, or
+        until the demand exceeds `limit_tokens`."""
         demand: list[tuple[float, int]] = []
         waiting = list(reversed(arrivals))
-        while waiting:
+        end_s = arrivals[-1][0] + drain_s if arrivals else 0.0
+        while waiting or (self._running and self._now_s < end_s):
             if not self._running:
                 self._now_s = max(self._now_s, waiting[-1][0])
             while waiting and waiting[-1][0] <= self._now_s:
@@ -298,8 +302,7 @@ def resolve(
             lambda rate: burst_demand(
                 figures.loaded_cost_model,
                 shapes,
-                (steady_rate, rate),
-                options.burst_s,
+                ((options.burst_s, rate), (options.after_s, steady_rate)),
                 state,
                 4 * height_tokens / each,
             ),
@@ -348,18 +351,21 @@ def steady_demand(
 def burst_demand(
     cost: CostModel,
     shapes: Sequence[RequestShape],
-    rates: tuple[float, float],
-    burst_s: float,
+    phases: Sequence[tuple[float, float]],
     under_way: Sequence[tuple[RequestShape, int]] = (),
     limit_tokens: float = math.inf,
 ) -> float:
-    """Highest demand in tokens of an instance in and after a burst; infinite where it exceeds
-    `limit_tokens`. `rates`: requests per second after and in the burst."""
-    steady_rate, burst_rate = rates
-    arrivals = _evenly(shapes, burst_rate, max(1, math.ceil(burst_rate * burst_s)))
-    later = _evenly(shapes, steady_rate, math.ceil(steady_rate * SETTLE_S)) if steady_rate else []
-    arrivals += [(burst_s + at_s, shape) for at_s, shape in later]
-    demand = ModelInstance(cost, under_way).run(arrivals, limit_tokens)
+    """Highest demand in tokens of an instance during the `phases`, each (seconds, requests per
+    second), and after them; infinite where it exceeds `limit_tokens`."""
+    arrivals: list[tuple[float, RequestShape]] = []
+    begin_s = 0.0
+    for duration_s, rate in phases:
+        arrivals += [
+            (begin_s + at_s, shape)
+            for at_s, shape in _evenly(shapes, rate, math.ceil(rate * duration_s))
+        ]
+        begin_s += duration_s
+    demand = ModelInstance(cost, under_way).run(arrivals, limit_tokens, DRAIN_S)
     highest = max(tokens for at_s, tokens in demand)
     return math.inf if highest > limit_tokens else float(highest)
 

@@ -92,7 +92,7 @@ def test_steady_demand_is_littles_law():
 def test_a_demand_beyond_the_limit_is_infinite():
     shapes = [RequestShape(20, 100)]
     assert steady_demand(STEPWISE, shapes, rate=50.0, limit_tokens=1000.0) == math.inf
-    assert burst_demand(STEPWISE, shapes, (1.0, 50.0), 10.0, limit_tokens=1000.0) == math.inf
+    assert burst_demand(STEPWISE, shapes, [(10.0, 50.0)], limit_tokens=1000.0) == math.inf
 
 
 # ---------------------------------------------------------------- the rule
@@ -117,8 +117,11 @@ def test_the_rates_give_the_demands_of_the_rule(
     ramp_tokens = sum(shape.prompt_tokens for shape in found.ramp)
     assert ramp_tokens == pytest.approx(steady, rel=0.35)  # one moment of what is a mean
     state = steady_state(cost, shapes, found.steady_rate / 2)
-    rates = (found.steady_rate / 2, found.burst_rate / 2)
-    burst = 2 * burst_demand(cost, shapes, rates, OPTIONS.burst_s, state)
+    phases = [
+        (OPTIONS.burst_s, found.burst_rate / 2),
+        (OPTIONS.after_s, found.steady_rate / 2),
+    ]
+    burst = 2 * burst_demand(cost, shapes, phases, state)
     assert burst == pytest.approx(height.tokens(figures), rel=0.03)
 
 
