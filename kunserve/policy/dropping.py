@@ -54,6 +54,10 @@ CONFIRM_NS = 150_000_000
 LEAST_GAIN = 0.2
 """Waiting must fall by this share, what the change costs counted (design section 5)."""
 
+LEAST_MEMORY_SHARE = 0.25
+"""Of all waiting, for memory: else it is not what the queue waits for. Neither is it if computing
+alone would take half as long."""
+
 LEAST_DWELL_NS = 2 * SECOND_NS
 DWELL_FACTOR = 10
 """After a transition, so many times its cost pass before the next one."""
@@ -199,7 +203,6 @@ class DroppingGovernor(Governor):
             return
         self._costs.add(record)
         dwell_ns = self._dwell_ns()
-        self._next_drop_ns = max(self._next_drop_ns, now_ns)
         if record.kind == TransitionKind.MERGE.value:
             self._next_drop_ns = max(self._next_drop_ns, now_ns + dwell_ns)
         self._next_restore_ns = max(self._next_restore_ns, now_ns + dwell_ns)
@@ -318,7 +321,9 @@ class DroppingGovernor(Governor):
         stay, change = estimate.stay, estimate.change
         if not stay.memory_ns and not candidate.is_reached:
             return Verdict.NO_NEED
-        if stay.memory_ns <= stay.compute_ns:
+        # Without memory, computing is wasted too: what counts is what would be left with it.
+        is_memory = stay.memory_ns > LEAST_MEMORY_SHARE * stay.total_ns
+        if not is_memory or change.compute_ns > stay.total_ns / 2:
             return Verdict.COMPUTE_BOUND
         if self._estimator.slos.are_given:
             least = stay.attained + max(1.0, LEAST_GAIN * (stay.requests - stay.attained))

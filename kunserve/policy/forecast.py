@@ -233,8 +233,10 @@ class _Fluid:
             self._requests += 1
             self._enqueue(request)
         self._admit()
-        self._memory_ns += len(self._queue) * quantum_ns
-        self._compute_ns += len(self._prompts) * quantum_ns
+        # Who computes its tokens again does so for want of memory.
+        again = sum(prompt.request.has_begun for prompt in self._prompts)
+        self._memory_ns += (len(self._queue) + again) * quantum_ns
+        self._compute_ns += (len(self._prompts) - again) * quantum_ns
         self._peak = max(self._peak, self._held + self._queued_tokens)
         self._compute(now_ns, quantum_ns)
         self._end()
