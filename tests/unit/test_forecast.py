@@ -100,6 +100,7 @@ REQUESTS = st.lists(
         st.floats(1.0, 400.0),
         st.floats(1.0, 300.0),
         st.floats(0.0, 4.5e9),
+        st.just(False),
     ),
     max_size=20,
 )
