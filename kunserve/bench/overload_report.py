@@ -323,6 +323,7 @@ def scenario_json(scenario: Scenario) -> dict[str, Any]:
         "merged_tokens": figures.merged_tokens,
         "costs": list(figures.costs),
         "slowdown": figures.slowdown,
+        "loaded_slowdown": figures.loaded_slowdown,
         "lengths": scenario.lengths,
         "height": str(options.height),
         "height_tokens": options.height.tokens(figures),
