@@ -100,12 +100,14 @@ class _Restoring:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """Groups that would become one, and what is known of it."""
+    """Groups that would become one, and what is known of it. `expected_requests`: what layers are
+    split for."""
 
     records: tuple[GroupRecord, ...]
     prospect: Prospect
     estimate: Estimate
     is_reached: bool
+    expected_requests: int = 0
 
     @property
     def instances(self) -> tuple[InstanceId, ...]:
@@ -310,7 +312,7 @@ class DroppingGovernor(Governor):
         estimate = self._estimator.drop(records, prospect, cost, now_ns)
         pressures = [self._pressures.get(record.id) for record in records]
         is_reached = any(p is not None and p.is_reached for p in pressures)
-        return _Candidate(tuple(records), prospect, estimate, is_reached)
+        return _Candidate(tuple(records), prospect, estimate, is_reached, expected)
 
     def _judge(self, candidate: _Candidate) -> Verdict:
         """The gain rule. With SLOs the gain is attainment."""
@@ -341,9 +343,7 @@ class DroppingGovernor(Governor):
             changed |= dict.fromkeys(candidate.instances, candidate.instances)
         saved_s = sum(self._saved_ns(candidate) for candidate in chosen) / SECOND_NS
         why = f"overload, {saved_s:.1f} request-seconds less waiting expected"
-        expected = max(
-            self._estimator.expected_requests(candidate.records, now_ns) for candidate in chosen
-        )
+        expected = max(candidate.expected_requests for candidate in chosen)
         yield from self._wish(self._partition(changed), why, now_ns, expected)
 
     @staticmethod
