@@ -281,10 +281,7 @@ class DroppingGovernor(Governor):
             if self._is_eligible(record)
         ]
         shape = self._coordinator.shape()
-        copy_pages = sum(shape.part_pages.values()) // shape.num_layers
-        return plan_drop(
-            groups, copy_pages * shape.blocks_per_page, min(MAX_SLOTS, shape.num_layers)
-        )
+        return plan_drop(groups, shape.copy_blocks, min(MAX_SLOTS, shape.num_layers))
 
     def _soon_blocks(self, record: GroupRecord) -> int:
         """Demand as it will be soon, if it goes on rising."""
@@ -299,7 +296,7 @@ class DroppingGovernor(Governor):
         shape, cost = self._coordinator.shape(), self._coordinator.cost()
         groups = [record.group for record in records]
         try:
-            expected = self._estimator.expected_requests(records, now_ns)
+            expected = self._estimator.expected_requests(records, shape.copy_blocks, now_ns)
             typical = self._coordinator.typical((instances,), expected)
             step = next_step(shape, groups, (instances,), cost, typical)
         except LayoutError as error:

@@ -162,20 +162,20 @@ class Estimator:
             -(-int(request.known_tokens) // size) for request in (*people.running, *people.queued)
         )
 
-    def expected_requests(self, records: Sequence[GroupRecord], now_ns: int) -> int:
+    def expected_requests(
+        self, records: Sequence[GroupRecord], copy_blocks: int, now_ns: int
+    ) -> int:
         """How many will run together in a burst: those that are here and come within the horizon,
-        as far as KVCache goes once a copy of the model is dropped for each group but one."""
-        config = self._book.config
+        as far as KVCache goes once a copy of the model (`copy_blocks`) is dropped for each group
+        but one."""
         everybody = united(self.population(record, now_ns) for record in records)
         here = len(everybody.running) + len(everybody.queued)
         instances = sum(len(record.group.instances) for record in records)
         share = instances / max(1, self._num_serving())
         coming = self._arrivals.per_s(now_ns) * share * HORIZON_NS / 1e9
-        copy_pages = sum(pages for _, pages in config.part_pages) // config.num_layers
-        blocks = sum(map(capacity_blocks, records))
-        blocks += (len(records) - 1) * copy_pages * config.blocks_per_page
+        blocks = sum(map(capacity_blocks, records)) + (len(records) - 1) * copy_blocks
         mean = max(1.0, everybody.tokens / here) if here else 1.0
-        return int(min(here + coming, blocks * config.block_size / mean))
+        return int(min(here + coming, blocks * self._book.config.block_size / mean))
 
     def drop(
         self, records: Sequence[GroupRecord], prospect: Prospect, cost: CostModel, now_ns: int

@@ -103,6 +103,11 @@ class ClusterShape:
         if min(*sizes, *self.part_pages.values(), *self.pages.values()) <= 0:
             raise LayoutError("a cluster's shape has a size that is not positive")
 
+    @property
+    def copy_blocks(self) -> int:
+        """KV blocks that a dropped copy of the model makes room for, roundings aside."""
+        return sum(self.part_pages.values()) // self.num_layers * self.blocks_per_page
+
     def stage_parts(self, index: int, layers: LayerRange) -> tuple[Part, ...]:
         """Parts that stage `index` of a group holds, in the order of the model: see
         `stage_holds`."""
